@@ -1,0 +1,42 @@
+"""piadm: diffusion and flow models sampled in parallel across time.
+
+A denoiser (a network with its schedule), a scheme (the steps) and a sampler:
+
+    denoiser = piadm.Denoiser(network, piadm.schedules.DiscreteBetas.linear(1000), "epsilon")
+    result = piadm.Parallel(denoiser, piadm.DDPM(steps=1000), window=128)((16, 1, 28, 28), label=labels)
+"""
+
+from piadm import fills, models, propagators, schedules, targets, windows
+from piadm.denoiser import Denoiser, Guided
+from piadm.errors import NonFiniteError
+from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
+from piadm.samplers import PIADMODE, PIADMSDE, Parallel, Result, Sequential
+from piadm.schemes import DDIM, DDPM, Euler
+from piadm.solver import Solver, State
+from piadm.tables import Table
+
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "PIADMODE",
+    "PIADMSDE",
+    "Corrector",
+    "Denoiser",
+    "Euler",
+    "ExponentialODE",
+    "ExponentialSDE",
+    "Guided",
+    "NonFiniteError",
+    "Parallel",
+    "Result",
+    "Sequential",
+    "Solver",
+    "State",
+    "Table",
+    "fills",
+    "models",
+    "propagators",
+    "schedules",
+    "targets",
+    "windows",
+]

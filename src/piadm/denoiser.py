@@ -1,0 +1,227 @@
+r"""Denoisers: $f(x, t) = \mathbb{E}[x_0 | x_t = x]$, whatever the network was trained to predict.
+
+| prediction | network output $g$ | $f$ |
+|---|---|---|
+| `"epsilon"` | $\mathbb{E}[ε | x_t]$ | $(x - σ g)/α$ |
+| `"sample"` | $\mathbb{E}[x_0 | x_t]$ | $g$ |
+| `"v_prediction"` | $\mathbb{E}[α ε - σ x_0 | x_t]$ | $(α x - σ g)/(α^2 + σ^2)$ |
+| `"flow_prediction"` | $\mathbb{E}[ε - x_0 | x_t]$ | $(x - σ g)/(α + σ)$ |
+| `"score"` | $∇ \log p_t(x)$ | $(x + σ^2 g)/α$ |
+
+Wrappers take the place of options: a guided denoiser is a denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from piadm.errors import require
+from piadm.schedules import Schedule
+
+Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
+
+
+class DenoiserLike(Protocol):
+    r"""What samplers need: $f(x, t)$ with its schedule, and what is known of the data.
+
+    `mean` and `variance` (number or tensor broadcastable to one sample) describe the data to the Gaussian propagator: they
+    change how fast a run converges, never what it converges to. `dtype` is the least precise dtype that states may have,
+    `device` where they live (`None`: anywhere).
+    """
+
+    schedule: Schedule
+    mean: float | Tensor
+    variance: float | Tensor
+
+    @property
+    def device(self) -> torch.device | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def check(self, times: Tensor) -> None:
+        """Raises `ValueError` if $f$ is undefined at one of the times."""
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        """$f$ for rows `x` of shape `(B, *event)` at times `(B,)`."""
+
+
+class Denoiser:
+    r"""A network with its schedule and prediction, as $f(x, t) = \mathbb{E}[x_0 | x_t = x]$.
+
+    Arguments:
+        network: Any `torch.nn.Module` or callable, called as `network(x, t, **condition)` with `x` of shape `(B, *event)` in
+            the network's own dtype and `t` of shape `(B,)`: int64 on a discrete grid, else float32 or wider. It may return a
+            tensor, a tuple whose first entry is one, or an object with `.sample` as diffusers' models do.
+        schedule: The noise schedule it was trained with.
+        prediction: What it predicts, in diffusers' words (table above).
+        mean: Mean of the data (a guess costs rounds, not correctness).
+        variance: Variance of the data per coordinate, likewise.
+
+    Raises:
+        ValueError: for an unknown prediction or a negative variance.
+        TypeError: for a network that cannot be called, or whose output is not a floating tensor of `x`'s shape.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | Callable[..., Any],
+        schedule: Schedule,
+        prediction: Prediction = "epsilon",
+        *,
+        mean: float | Tensor = 0.0,
+        variance: float | Tensor = 1.0,
+    ) -> None:
+        if not callable(network):
+            raise TypeError(f"`network` is a {type(network).__name__}: give a torch.nn.Module or a function (x, t) -> tensor")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"`schedule` is a {type(schedule).__name__}: give one of piadm.schedules, such as DiscreteBetas.linear(1000)"
+            )
+        known = get_args(Prediction)
+        require(prediction in known, "prediction", prediction, f"give one of {', '.join(known)}")
+        spread = torch.as_tensor(variance)
+        require(bool((spread >= 0).all() and spread.isfinite().all()), "variance", variance, "must be finite and ≥ 0")
+        self.network, self.schedule, self.prediction = network, schedule, prediction
+        self.mean, self.variance = mean, variance
+
+    def __repr__(self) -> str:
+        return f"Denoiser({type(self.network).__name__}, {self.schedule!r}, {self.prediction!r})"
+
+    def _weights(self) -> Tensor | None:
+        if not isinstance(self.network, nn.Module):
+            return None
+        candidates = chain(self.network.parameters(), self.network.buffers())
+        return next((tensor for tensor in candidates if tensor.is_floating_point()), None)
+
+    @property
+    def device(self) -> torch.device | None:
+        weights = self._weights()
+        return None if weights is None else weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weights = self._weights()
+        return torch.float32 if weights is None else weights.dtype
+
+    def check(self, times: Tensor) -> None:
+        alpha = self.schedule.alpha(times)
+        if self.prediction in ("epsilon", "score") and bool((alpha <= 0).any()):
+            raise ValueError(
+                f"`prediction` is {self.prediction!r}, which says nothing of the data where α = 0 (time "
+                f"{times[alpha <= 0][0].item()}): use a network that predicts 'sample', 'v_prediction' or 'flow_prediction' there"
+            )
+
+    def _combine(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """$p, q$ with $f = p x + q g$."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        match self.prediction:
+            case "epsilon":
+                return 1 / alpha, -sigma / alpha
+            case "sample":
+                return torch.zeros_like(alpha), torch.ones_like(alpha)
+            case "v_prediction":
+                norm = alpha**2 + sigma**2
+                return alpha / norm, -sigma / norm
+            case "flow_prediction":
+                return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+            case "score":
+                return 1 / alpha, sigma**2 / alpha
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        weights = self._weights()
+        dtype = x.dtype if weights is None else weights.dtype
+        clock = t if not t.is_floating_point() else t.to(torch.promote_types(dtype, torch.float32))
+        out = self.network(x.to(dtype), clock, **condition)
+        out = getattr(out, "sample", out)
+        out = out[0] if isinstance(out, tuple | list) else out
+        if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape != x.shape:
+            got = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+            raise TypeError(
+                f"`network` returned {got} for an input of shape {tuple(x.shape)}: it must return a floating tensor of that "
+                "shape (a network that also predicts variances needs a wrapper keeping only its first half)"
+            )
+        p, q = (c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for c in self._combine(t))
+        return p * x + q * out.to(x.dtype)
+
+
+class Guided:
+    r"""Classifier-free guidance, $f = f_\varnothing + w (f_c - f_\varnothing)$, in one network call of twice the rows.
+
+    Arguments:
+        denoiser: The conditional denoiser.
+        guidance_scale: $w$; 1 is no guidance.
+        unconditional: For each condition that guidance removes, the value that stands for "none": a tensor of one entry per
+            sample or one for all, for example `{"label": torch.tensor([10])}`. Other conditions go to both halves.
+
+    References:
+        Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022 (arXiv 2207.12598).
+    """
+
+    def __init__(self, denoiser: DenoiserLike, guidance_scale: float, unconditional: Mapping[str, Tensor]) -> None:
+        for name, value in unconditional.items():
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != 1:
+                raise ValueError(f"`unconditional[{name!r}]` is {value!r}: give a tensor whose first dimension is 1")
+        finite = isinstance(guidance_scale, int | float) and abs(guidance_scale) < float("inf")
+        require(finite, "guidance_scale", guidance_scale, "give a finite number, for example 7.5")
+        self.denoiser, self.guidance_scale, self.unconditional = denoiser, guidance_scale, dict(unconditional)
+        self.schedule, self.mean, self.variance = denoiser.schedule, denoiser.mean, denoiser.variance
+
+    def __repr__(self) -> str:
+        return f"Guided({self.denoiser!r}, guidance_scale={self.guidance_scale})"
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    def check(self, times: Tensor) -> None:
+        self.denoiser.check(times)
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        rows = len(x)
+        missing = [name for name in self.unconditional if name not in condition]
+        if missing:
+            raise ValueError(f"`{missing[0]}` has an unconditional value but was not given: pass {missing[0]}=… to the sampler")
+        both: dict[str, Any] = {}
+        for name, value in condition.items():
+            if not (isinstance(value, Tensor) and value.ndim and len(value) == rows):
+                both[name] = value
+                continue
+            other = self.unconditional.get(name)
+            none = value if other is None else other.to(value.device, value.dtype).expand_as(value)
+            both[name] = torch.cat([none, value])
+        absent, present = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        return absent + self.guidance_scale * (present - absent)
+
+
+def check_condition(condition: Mapping[str, Any], samples: int) -> None:
+    """Every tensor condition has one entry per sample, or one for all, or no dimension; `ValueError` otherwise."""
+    for name, value in condition.items():
+        if isinstance(value, Mapping):
+            check_condition(value, samples)
+        elif isinstance(value, Tensor) and value.ndim and value.shape[0] not in (1, samples):
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}: its first dimension must be the batch size {samples}, or 1 to share it"
+            )
+
+
+def spread(condition: Mapping[str, Any], sample: Tensor, samples: int) -> dict[str, Any]:
+    """Conditions for network rows: row `r` gets the entry of sample `sample[r]`; shape `(R,)`. Nested mappings are followed."""
+    out: dict[str, Any] = {}
+    for name, value in condition.items():
+        if isinstance(value, Mapping):
+            out[name] = spread(value, sample, samples)
+        elif isinstance(value, Tensor) and value.ndim:
+            out[name] = value.expand(samples, *value.shape[1:])[sample.to(value.device)]
+        else:
+            out[name] = value
+    return out

@@ -1,0 +1,67 @@
+r"""The driving noise $ξ_m$ as a function of (seed, m), never of the order of execution.
+
+Every sampler of a scheme draws the same $ξ_m$ for the same seed, whatever its window, blocks, micro-batches, devices or
+propagator; this is what makes "the same sample as the sequential one" a statement that can be checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+GeneratorLike = torch.Generator | Sequence[torch.Generator] | None
+
+
+class Noise:
+    r"""$ξ_m \sim N(0, I)$, shape `(k, S, D)`, and the standard normal start, shape `(S, D)`.
+
+    A seed is drawn from the user's generator once per run, so two runs with one generator differ and two generators
+    with one seed agree. With a list of generators, one per sample, a sample does not depend on its batch.
+
+    Arguments:
+        generator: A `torch.Generator`, one per sample, or `None` for torch's default one.
+        samples: $S$, the batch size.
+        size: $D$, numbers per sample.
+        components: $k$, components of the state (2 for underdamped Langevin).
+    """
+
+    def __init__(
+        self, generator: GeneratorLike, samples: int, size: int, components: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        generators = [generator] if generator is None or isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) not in (1, samples) or (len(generators) == 1 != samples and isinstance(generator, Sequence)):
+            raise ValueError(f"`generator` has {len(generators)} generators: give one, or one per sample ({samples})")
+        for one in generators:
+            if one is not None and one.device.type != device.type:
+                raise ValueError(
+                    f"`generator` lives on {one.device} but the samples on {device}: "
+                    f"use torch.Generator({device.type!r}).manual_seed(0)"
+                )
+        self.seeds = [
+            int(torch.randint(2**63 - 1, (1,), generator=one, device=one.device if one is not None else "cpu"))
+            for one in generators
+        ]
+        self.samples, self.size, self.components = samples, size, components
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator(device)
+
+    def _normal(self, step: int, components: int) -> Tensor:
+        each = self.samples // len(self.seeds)
+        parts = []
+        for seed in self.seeds:
+            digest = blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+            self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            shape = (components, each, self.size)
+            parts.append(torch.randn(shape, generator=self._generator, device=self.device, dtype=self.dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def start(self) -> Tensor:
+        """The starting state in units of the scheme's starting standard deviation, shape `(S, D)`."""
+        return self._normal(-1, 1)[0]
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`."""
+        return torch.stack([self._normal(step, self.components) for step in range(first, last)])

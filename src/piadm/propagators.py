@@ -1,0 +1,139 @@
+r"""Propagators: the linear model $J_m$ of a step with which a round carries corrections forward,
+
+$$ x^{new}_{m+1} = Φ_m(x_m) + J_m (x^{new}_m - x_m). $$
+
+It is the only thing in which the known parallel samplers differ, and it changes how many rounds a run takes, never the
+fixed point, which is the sequential sample. With the denoiser modelled as $f(x^{new}) ≈ f(x) + L (x^{new} - x)$ it is
+$J = A + B L$.
+
+| propagator | choice | known as |
+|---|---|---|
+| `Jacobi` | $J = 0$ | Jacobi iteration |
+| `Identity` | $J = I$ | ParaDiGMS (arXiv 2305.16317) |
+| `Exponential` | $L = 1/α$: the score is constant | PIADM (arXiv 2405.15986) |
+| `Gaussian` | $L = α v / (α^2 v + σ^2)$ | the exact Jacobian were the data $N(μ, v I)$ |
+| `Secant` | $L = ⟨Δx, Δf⟩ / ⟨Δx, Δx⟩$ from the last two rounds | `Gaussian` until there are two |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from piadm.errors import require
+from piadm.tables import Rows, Table
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """What the last two evaluations of each lane say of the denoiser, in states `(W, S, D)`; `seen`: `(W, S)`."""
+
+    dx: Tensor
+    df: Tensor
+    seen: Tensor
+
+
+class Propagator(Protocol):
+    """A policy with one method (`check` refuses tables for which the model is undefined)."""
+
+    def check(self, table: Table) -> None: ...
+
+    def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
+        """$J$, shape `(W, k, k, S|1, D|1)`; `pair` is `None` in the first round."""
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    r"""$J = 0$: corrections are not carried at all. One further step is exact after each round."""
+
+    def check(self, table: Table) -> None:
+        """Defined for every table."""
+
+    def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
+        return torch.zeros_like(rows.A)
+
+
+@dataclass(frozen=True)
+class Identity:
+    r"""$J = I$: ParaDiGMS's prefix sum of drifts (Shih et al., arXiv 2305.16317, eq. 6)."""
+
+    def check(self, table: Table) -> None:
+        require(table.components == 1, "propagator", self, "is for schemes of one component; use Exponential() or Gaussian()")
+
+    def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
+        return torch.ones_like(rows.A)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    r"""$L = 1/α$, which is $∂s/∂x = 0$: the linear part is integrated exactly, the score lags a round. PIADM as published.
+
+    For `ExponentialSDE` and `ExponentialODE` this gives $J = e^{ε/2}$, for the corrector the Langevin step's $2×2$ flow.
+    """
+
+    def check(self, table: Table) -> None:
+        ok = bool((table.alpha > 0).all())
+        require(ok, "propagator", self, "needs α > 0 at every step (no score where nothing is left of the data); use Gaussian()")
+
+    def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
+        return rows.jacobian(1 / rows.alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    r"""$L = α v / (α^2 v + σ^2)$: the exact Jacobian of $f$ were the data $N(μ, \mathrm{diag}(v))$.
+
+    Arguments:
+        variance: $v > 0$, a number or a tensor of one sample's shape.
+    """
+
+    variance: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        v = torch.as_tensor(self.variance)
+        require(bool((v >= 0).all() and v.isfinite().all()), "variance", self.variance, "must be finite and ≥ 0")
+
+    def check(self, table: Table) -> None:
+        """Defined for every table."""
+
+    def gain(self, rows: Rows) -> Tensor:
+        """$L$, shape `(W, S|1, D|1)`."""
+        v = torch.as_tensor(self.variance, device=rows.alpha.device, dtype=rows.alpha.dtype).reshape(1, 1, -1)
+        return rows.alpha * v / (rows.alpha**2 * v + rows.sigma**2)
+
+    def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
+        return rows.jacobian(self.gain(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Secant:
+    r"""$L = ⟨Δx, Δf⟩ / ⟨Δx, Δx⟩$ for every step and sample, from the change between its last two evaluations.
+
+    It costs no network call. Until a step has been evaluated twice its gain is that of `Gaussian(variance)`. Estimates
+    are kept between 0 and $1/α$: $∂f/∂x = α\,\mathrm{Cov}(x_0|x)/σ^2$ is positive semi-definite, and above $1/α$ the
+    score's own derivative would be positive.
+
+    Arguments:
+        variance: The start's $v$, a number or a tensor of one sample's shape.
+    """
+
+    variance: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        Gaussian(self.variance)
+
+    def check(self, table: Table) -> None:
+        """Defined for every table."""
+
+    def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
+        start = Gaussian(self.variance).gain(rows)
+        if pair is None:
+            return rows.jacobian(start)
+        length = pair.dx.square().sum(-1)
+        known = pair.seen & (length > 0)
+        gain = (pair.dx * pair.df).sum(-1) / torch.where(known, length, 1.0)
+        gain = gain.clamp(min=0).minimum(1 / rows.alpha.squeeze(-1))
+        return rows.jacobian(torch.where(known[..., None], gain[..., None], start))

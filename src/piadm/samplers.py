@@ -1,0 +1,345 @@
+r"""Samplers: a denoiser and a scheme, run sequentially or in parallel.
+
+Every sampler is called as `sampler(shape, generator=…, noise=None, **condition)` and returns a `Result`. With one seed they
+draw the same starting state and the same $ξ_m$, so `Parallel` returns what `Sequential` returns, to its tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piadm.denoiser import DenoiserLike, check_condition, spread
+from piadm.errors import NonFiniteError, require, require_count, require_positive
+from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
+from piadm.fills import Copy, Fill, Jump
+from piadm.noise import GeneratorLike, Noise
+from piadm.progress import progress_bar
+from piadm.propagators import Exponential, Propagator, Secant
+from piadm.schemes import Scheme
+from piadm.solver import Request, Solver
+from piadm.windows import Blocks, Sliding, Window
+
+Callback = Callable[[int, tuple[int, int], Tensor], None]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """What a sampler returns.
+
+    Attributes:
+        samples: The samples, shape `(S, *event)`.
+        steps: $M$, the sequential scheme's network calls.
+        rounds: Batched network calls, one after the other.
+        evaluations: Network rows (state × time) per sample, averaged over the batch.
+        residuals: For each round the rms defect of every step of its window, the largest over samples, shape `(W,)`.
+        windows: For each round its first step and one past its last, over all samples.
+        converged: Whether every step was finished (`False` when `max_rounds` ended the run first).
+        error: Estimated rms distance of each sample from the sequential one, shape `(S,)` (0 for `Sequential`).
+        seconds: Wall time, network included.
+        network_seconds: Of that, time inside the denoiser.
+    """
+
+    samples: Tensor
+    steps: int
+    rounds: int
+    evaluations: float
+    residuals: tuple[Tensor, ...]
+    windows: tuple[tuple[int, int], ...]
+    converged: bool
+    error: Tensor
+    seconds: float
+    network_seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Result(samples={tuple(self.samples.shape)} {self.samples.dtype}, steps={self.steps}, rounds={self.rounds}, "
+            f"evaluations={self.evaluations:.4g} ({self.evaluations / self.steps:.3g} a step), converged={self.converged}, "
+            f"error≈{self.error.max():.1e}, seconds={self.seconds:.3g})"
+        )
+
+
+@dataclass(eq=False)
+class _Sampler:
+    """What all samplers share: reading the arguments of a call."""
+
+    denoiser: DenoiserLike
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        for name in ("schedule", "check", "mean", "variance"):
+            if not hasattr(self.denoiser, name):
+                raise TypeError(
+                    f"`denoiser` is a {type(self.denoiser).__name__}: wrap the network, "
+                    "piadm.Denoiser(network, piadm.schedules.DiscreteBetas.linear(1000), 'epsilon')"
+                )
+        if not callable(self.scheme):
+            raise TypeError(f"`scheme` is a {type(self.scheme).__name__}: give one such as piadm.DDPM(steps=1000)")
+        self.table = self.scheme(self.denoiser.schedule)
+        self.denoiser.check(self.table.times)
+
+    def _begin(
+        self, shape: Sequence[int], generator: GeneratorLike, noise: Tensor | None, condition: dict[str, Any]
+    ) -> tuple[tuple[int, ...], Noise, Tensor]:
+        """The event's shape, the driving noise, and starting states `(S, D)`."""
+        shape = tuple(shape)
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape)
+        require(whole and len(shape) >= 1, "shape", shape, "give (batch, *event), all at least 1, for example (16, 1, 28, 28)")
+        check_condition(condition, shape[0])
+        first = generator if isinstance(generator, torch.Generator) else generator[0] if generator else None
+        home = self.denoiser.device or (noise.device if noise is not None else first.device if first else torch.device("cpu"))
+        dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
+        if noise is not None:
+            require(tuple(noise.shape) == shape, "noise", tuple(noise.shape), f"must have the samples' shape {shape}")
+            require(noise.is_floating_point(), "noise", noise.dtype, "must be a floating tensor")
+            require(bool(noise.isfinite().all()), "noise", noise, "has NaN or infinite entries")
+            require(noise.device == home, "noise", noise.device, f"must live with the network on {home}")
+            dtype = torch.promote_types(dtype, noise.dtype)
+        for name in ("mean", "variance"):
+            value = getattr(self.denoiser, name)
+            fits = not isinstance(value, Tensor) or value.numel() == 1 or value.shape == shape[1:]
+            require(fits, name, getattr(value, "shape", value), f"the denoiser's {name} must be a number or of shape {shape[1:]}")
+        size = math.prod(shape[1:])
+        source = Noise(generator, shape[0], size, self.table.components, home, dtype)
+        x = source.start() if noise is None else noise.to(dtype).reshape(shape[0], size)
+        return shape[1:], source, x * self.table.scale
+
+
+class _Network:
+    """The denoiser as the solver sees it: flat rows in, flat rows out, timed."""
+
+    def __init__(self, denoiser: DenoiserLike, event: tuple[int, ...], samples: int, condition: dict[str, Any]) -> None:
+        self.denoiser, self.event, self.samples, self.condition = denoiser, event, samples, condition
+        self.seconds = 0.0
+
+    def __call__(self, request: Request) -> Tensor:
+        started = time.perf_counter()
+        condition = spread(self.condition, request.sample, self.samples)
+        f = self.denoiser(request.x.reshape(-1, *self.event), request.t, **condition)
+        if f.is_cuda:
+            torch.cuda.synchronize(f.device)
+        self.seconds += time.perf_counter() - started
+        return f.reshape(request.x.shape)
+
+
+@dataclass(eq=False)
+class Sequential(_Sampler):
+    """One network call after the other: a plain loop, and the oracle that every parallel run is held against.
+
+    Arguments:
+        denoiser: The denoiser.
+        scheme: The steps, such as `DDPM(steps=1000)`.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: GeneratorLike = None,
+        noise: Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        **condition: Any,
+    ) -> Result:
+        """Draws samples; arguments, result and errors are those of `Parallel`."""
+        started = time.perf_counter()
+        event, source, x = self._begin(shape, generator, noise, condition)
+        network = _Network(self.denoiser, event, len(x), condition)
+        table, samples = self.table, len(x)
+        rows, times = table.cast(x.device, x.dtype), table.times.to(x.device)
+        x = torch.cat([x[None], x.new_zeros(table.components - 1, *x.shape)])[None]
+        with progress_bar(len(table), progress) as show:
+            for m in range(len(table)):
+                f = network(Request(x[0, 0], times[m].expand(samples), torch.arange(samples)))
+                if not bool(f.isfinite().all()):
+                    bad = (~f.isfinite().all(-1)).nonzero().flatten().tolist()
+                    raise NonFiniteError(m, m + 1, bad, torch.full((samples,), m), x[0, 0].reshape(samples, *event))
+                xi = source(m, m + 1) if table.stochastic else None
+                x = rows.take(torch.tensor([[m]], device=x.device)).step(x, f[None], xi)
+                show(m + 1, m + 1, 0.0)
+                if callback is not None:
+                    callback(m + 1, (m, m + 1), x.new_zeros(1))
+        return Result(
+            samples=x[0, 0].reshape(samples, *event),
+            steps=len(table),
+            rounds=len(table),
+            evaluations=float(len(table)),
+            residuals=(),
+            windows=(),
+            converged=True,
+            error=x.new_zeros(samples),
+            seconds=time.perf_counter() - started,
+            network_seconds=network.seconds,
+        )
+
+
+@dataclass(eq=False)
+class Parallel(_Sampler):
+    r"""All steps of a window at once, refined round by round until they are the sequential sample to `tolerance`.
+
+    Arguments:
+        denoiser: The denoiser.
+        scheme: The steps, such as `DDPM(steps=1000)`.
+        propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
+        window: How many steps are iterated at once (a `Sliding` window), or a `Window`; all by default.
+        tolerance: $τ$, the promised rms distance per coordinate, in data units, from the sequential sample with the same
+            noise. The rule is an estimate, stated in `piadm.solver`. Windows with a fixed number of rounds ignore it.
+        max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$ and `converged` is `False`.
+        fill: What unvisited states hold; `Jump` with the denoiser's mean and variance by default.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before any network call.
+        NonFiniteError: if the network returns NaN or infinity; the finished steps are on the exception.
+    """
+
+    propagator: Propagator | None = None
+    window: int | Window | None = None
+    tolerance: float = 1e-2
+    max_rounds: int | None = None
+    fill: Fill | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("tolerance", self.tolerance, "tolerance=1e-2")
+        if self.max_rounds is not None:
+            require_count("max_rounds", self.max_rounds, "max_rounds=100")
+        if self.propagator is None:
+            self.propagator = Secant(self.denoiser.variance)
+        if self.fill is None:
+            self.fill = Jump(self.denoiser.mean, self.denoiser.variance)
+        if self.window is None or isinstance(self.window, int):
+            self.window = Sliding(self.window)
+        for name, method in (("propagator", "jacobian"), ("window", "advance"), ("fill", "model")):
+            policy = getattr(self, name)
+            if isinstance(policy, type) or not hasattr(policy, method):
+                raise TypeError(f"`{name}` is {policy!r}: give an instance with a method `{method}`, see piadm.{name}s")
+        self.propagator.check(self.table)
+        self.window.check(self.table)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: GeneratorLike = None,
+        noise: Tensor | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        **condition: Any,
+    ) -> Result:
+        """Draws samples.
+
+        Arguments:
+            shape: `(batch, *event)`.
+            generator: Source of the seed, on the network's device; or one per sample.
+            noise: The starting state in units of its standard deviation, of shape `shape`; drawn by default.
+            callback: Called after every round as `callback(round, window, residuals)`: counted from 1, first step and one
+                past the last over all samples, rms defect of every step there (the largest over samples).
+            progress: Whether to show a progress bar.
+            condition: Passed to the network; tensors whose first dimension is the batch are repeated along the window.
+        """
+        started = time.perf_counter()
+        event, source, x = self._begin(shape, generator, noise, condition)
+        network = _Network(self.denoiser, event, len(x), condition)
+        assert self.propagator is not None and self.fill is not None and not isinstance(self.window, int | None)
+        solver = Solver(self.table, source, self.propagator, self.window, self.fill, self.tolerance)
+        state, residuals, windows = solver.init(x), [], []
+        with progress_bar(len(self.table), progress) as show:
+            while not state.done and state.rounds != self.max_rounds:
+                try:
+                    state = solver.update(state, network(solver.request(state)))
+                except NonFiniteError as error:
+                    error.x = error.x.reshape(len(x), *event)
+                    raise
+                residual = state.residual.nan_to_num(-1.0).amax(1)
+                residuals.append(residual)
+                windows.append(state.window)
+                show(int(state.start.min()), state.rounds, residual)
+                if callback is not None:
+                    callback(state.rounds, state.window, residual)
+        return Result(
+            samples=(state.finished() if state.done else solver.prediction(state)).reshape(len(x), *event),
+            steps=len(self.table),
+            rounds=state.rounds,
+            evaluations=float(state.evaluations.double().mean()),
+            residuals=tuple(residuals),
+            windows=tuple(windows),
+            converged=state.done,
+            error=state.error,
+            seconds=time.perf_counter() - started,
+            network_seconds=network.seconds,
+        )
+
+
+class PIADMSDE(Parallel):
+    r"""PIADM-SDE exactly as published: blocks of $O(1)$ time, $K$ Picard rounds each, exponential integrator.
+
+    It is `Parallel` with the scheme `ExponentialSDE`, the propagator `Exponential`, the window `Blocks(iterations)` and the
+    fill `Copy` (every state of a block starts at the block's first).
+
+    Arguments:
+        denoiser: The denoiser.
+        horizon: $T$.
+        block: $h$.
+        step: $ε$.
+        early_stop: $η$.
+        iterations: $K$.
+
+    Reference: arXiv 2405.15986, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        *,
+        horizon: float = 10.0,
+        block: float = 1.0,
+        step: float = 0.05,
+        early_stop: float = 1e-3,
+        iterations: int = 8,
+    ) -> None:
+        require_count("iterations", iterations, "iterations=8")
+        scheme = ExponentialSDE(horizon, block, step, early_stop)
+        super().__init__(denoiser, scheme, Exponential(), Blocks(iterations), fill=Copy())
+
+
+class PIADMODE(Parallel):
+    r"""PIADM-ODE as published: after each block of the probability-flow ODE, parallel underdamped Langevin dynamics.
+
+    Predictor and corrector are blocks of one table (`ExponentialODE`), which the same solver runs.
+
+    Arguments:
+        denoiser: The denoiser.
+        horizon: $T$.
+        block: $h$.
+        step: $ε$.
+        early_stop: $η$.
+        iterations: $K$, the predictor's rounds a block.
+        corrector: Its friction, horizon, blocks, step and rounds.
+
+    Reference: arXiv 2405.15986, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        *,
+        horizon: float = 10.0,
+        block: float = 1.0,
+        step: float = 0.05,
+        early_stop: float = 1e-3,
+        iterations: int = 8,
+        corrector: Corrector | None = None,
+    ) -> None:
+        require_count("iterations", iterations, "iterations=8")
+        corrector = corrector or Corrector()
+        scheme = ExponentialODE(horizon, block, step, early_stop, corrector)
+        per_block = [iterations] + [corrector.iterations] * corrector.blocks
+        super().__init__(denoiser, scheme, Exponential(), Blocks(per_block * scheme.count), fill=Copy())

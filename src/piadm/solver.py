@@ -1,0 +1,304 @@
+r"""The solver: three functions and a state, and it never calls the network.
+
+`init` makes the first state, `request` says which rows the network should see, `update` takes its answers and gives the next
+state. Whoever drives it (a sampler, a pipeline, a distributed run, a notebook cell) is a loop of three lines:
+
+    state = solver.init(x)
+    while not state.done:
+        state = solver.update(state, denoise(*solver.request(state)))
+
+A round evaluates $f$ at all states of the window, forms $Φ_m(x_m)$, and carries the defects forward with the propagator's $J$.
+
+*Error and stopping.* Let $e_m$ be the distance of $x_m$ from the sequential sample after the sweep. To first order
+$e_{m+1} = J^*_m e_m + (J_m - J^*_m) d_m$ with $J^*$ the true Jacobian along the change $d_m$. How wrong $J_m$ is, the last two
+evaluations tell: $ρ_m = ‖ΔΦ_m - J_m Δx_m‖ / ‖Δx_m‖$ ($‖J_m - A_m‖$ before there are two). So the recursion
+$E_{m+1} = ‖J_m‖ E_m + ρ_m ‖d_m‖$ estimates the error, in rms per coordinate. A sliding window accepts the steps up to the last one
+before $E$ exceeds its allowance, $τ$ times the share of the run that would then be finished; the estimate at the accepted
+state is carried along, so that errors of successive windows add up. The first step is always accepted: its state is exact
+relative to the ones before it, so a run of $M$ steps ends within $M$ rounds whatever the network does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from piadm.errors import NonFiniteError
+from piadm.fills import Fill
+from piadm.noise import Noise
+from piadm.propagators import Pair, Propagator
+from piadm.sweep import scan, sweep
+from piadm.tables import Rows, Table, mix
+from piadm.windows import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What the network is asked for: rows `(R, D)` at times `(R,)`, each belonging to sample `sample[r]`, `(R,)`."""
+
+    x: Tensor
+    t: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything between two rounds.
+
+    Attributes:
+        start: Steps finished, per sample, shape `(S,)`, on the CPU.
+        stop: One past the last step of the window, likewise.
+        x: Window states, the finished one first, shape `(W + 1, k, S, D)`.
+        noise: $ξ_m$ of the window's steps, shape `(W, k, S, D)`; `None` for a deterministic table.
+        seen: Per lane, whether `x_seen` and `f_seen` hold an earlier evaluation, shape `(W, S)`.
+        x_seen: The states last evaluated, shape `(W, k, S, D)`.
+        f_seen: What the network said of them, shape `(W, S, D)`.
+        error: Estimated rms distance of the finished state from the sequential one, shape `(S,)`.
+        residual: rms of the last round's defects, shape `(W, S)`, NaN outside a sample's window; for the round's record.
+        window: The `(start, stop)` over all samples which that round iterated.
+        rounds: Rounds so far.
+        evaluations: Network rows so far, per sample, shape `(S,)`.
+        newest: The network's last word on the last step of each sample's window, shape `(S, D)`; `None` before round 1.
+        done: Whether every sample has finished every step.
+    """
+
+    start: Tensor
+    stop: Tensor
+    x: Tensor
+    noise: Tensor | None
+    seen: Tensor
+    x_seen: Tensor
+    f_seen: Tensor
+    error: Tensor
+    residual: Tensor
+    window: tuple[int, int]
+    rounds: int
+    evaluations: Tensor
+    newest: Tensor | None
+    done: bool
+
+    def finished(self) -> Tensor:
+        """The last finished state of every sample, shape `(S, D)`."""
+        return self.x[0, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """A table, its noise, and the three policies.
+
+    Arguments:
+        table: The steps.
+        noise: $ξ_m$.
+        propagator: The linear model $J$.
+        window: Which steps are iterated.
+        fill: What unvisited states are filled with.
+        tolerance: $τ$, in rms per coordinate; windows with a fixed number of rounds ignore it.
+    """
+
+    table: Table
+    noise: Noise
+    propagator: Propagator
+    window: Window
+    fill: Fill
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        self.propagator.check(self.table)
+        self.window.check(self.table)
+        device, dtype = self.noise.device, self.noise.dtype
+        object.__setattr__(self, "_rows", self.table.cast(device, dtype))
+        object.__setattr__(self, "_times", self.table.times.to(device))
+
+    def init(self, x: Tensor) -> State:
+        """The state before the first round, from starting states of shape `(S, D)`."""
+        k, samples = self.table.components, len(x)
+        zero = torch.zeros(samples, dtype=torch.long)
+        first = torch.cat([x[None], x.new_zeros(k - 1, *x.shape)])[None]
+        empty = State(
+            start=zero,
+            stop=zero,
+            x=first,
+            noise=first[:0] if self.table.stochastic else None,
+            seen=torch.zeros(0, samples, dtype=torch.bool, device=x.device),
+            x_seen=first[:0],
+            f_seen=first[:0, 0],
+            error=x.new_zeros(samples),
+            residual=x.new_zeros(0, samples),
+            window=(0, 0),
+            rounds=0,
+            evaluations=zero,
+            newest=None,
+            done=False,
+        )
+        return self._advance(empty, zero, first, empty.error[None])
+
+    def request(self, state: State) -> Request:
+        """The rows of the next round."""
+        steps, valid = self._lanes(state)
+        inputs = state.x[:-1, 0]
+        samples = torch.arange(inputs.shape[1]).expand_as(valid)
+        device = inputs.device
+        if bool(valid.all()):
+            return Request(inputs.flatten(0, 1), self._times[steps.flatten().to(device)], samples.flatten())
+        rows = valid.flatten()
+        return Request(
+            inputs.flatten(0, 1)[rows.to(device)], self._times[steps.flatten()[rows].to(device)], samples.flatten()[rows]
+        )
+
+    def update(self, state: State, f: Tensor) -> State:
+        """The state after a round, given the network's answers to `request`, shape `(R, D)`.
+
+        Raises:
+            NonFiniteError: if an answer is NaN or infinite.
+        """
+        steps, valid = self._lanes(state)
+        count, samples = valid.shape
+        device, x = state.x.device, state.x
+        if not bool(torch.isfinite(f.sum())) and not bool(f.isfinite().all()):
+            bad = torch.zeros(count * samples, dtype=torch.bool)
+            bad[valid.flatten()] = ~f.isfinite().all(-1).cpu()
+            bad = bad.reshape(count, samples)
+            failed = bad.any(0).nonzero().flatten().tolist()
+            raise NonFiniteError(int(steps[bad].min()), state.rounds + 1, failed, state.start, state.finished())
+        if len(f) < count * samples:
+            whole = f.new_zeros(count * samples, f.shape[-1])
+            whole[valid.flatten().to(device)] = f
+            f = whole
+        f = f.reshape(count, samples, -1)
+        inside = valid.to(device)
+
+        rows = self._rows_at(state.start, count)
+        phi = rows.step(x[:-1], f, state.noise)
+        residual = _rms(phi - x[1:]).masked_fill(~inside, torch.nan)
+        pair = None
+        if state.rounds > 0:
+            pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
+        jacobian = self.propagator.jacobian(rows, pair)
+        new = sweep(phi, jacobian, x)
+        error, ahead = self._errors(state, rows, jacobian, pair, _rms(new[:-1] - x[:-1]))
+
+        share = (steps + 1).to(error) / len(self.table)
+        over = (error * ahead > self.tolerance * share.to(device)) | ~inside
+        over[0] = False
+        accepted = torch.cumprod((~over).long(), 0).sum(0).cpu()
+        record = (int(state.start.min()), int(state.stop.max()))
+        after = replace(
+            state,
+            seen=inside,
+            x_seen=x[:-1],
+            f_seen=f,
+            residual=residual,
+            window=record,
+            rounds=state.rounds + 1,
+            evaluations=state.evaluations + valid.sum(0),
+            newest=_pick(f, (state.stop - state.start - 1)[None])[0],
+        )
+        carried = torch.cat([state.error[None], error])
+        # a finished sample has no lanes; its accepted count of 1 is clamped to the table's end
+        ready = (state.start + accepted).minimum(torch.full_like(state.start, len(self.table))).minimum(state.stop)
+        return self._advance(after, ready, new, carried)
+
+    def prediction(self, state: State) -> Tensor:
+        """Finished samples, and for the others the newest prediction of $x_0$ from their window's end, shape `(S, D)`."""
+        if state.newest is None:
+            return state.finished()
+        over = (state.start == len(self.table)).to(state.x.device)
+        return torch.where(over[:, None], state.finished(), state.newest)
+
+    def _lanes(self, state: State) -> tuple[Tensor, Tensor]:
+        """Step of each lane, clamped to the table, and whether it lies in its sample's window; `(W, S)`, on the CPU."""
+        count = len(state.x) - 1
+        steps = state.start + torch.arange(count)[:, None]
+        return steps.clamp(max=len(self.table) - 1), steps < state.stop
+
+    def _rows_at(self, start: Tensor, count: int) -> Rows:
+        shared = start[:1] if bool((start == start[0]).all()) else start
+        index = (shared + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
+        rows: Rows = self._rows  # type: ignore[attr-defined]
+        return rows.take(index.to(self.noise.device))
+
+    def _errors(
+        self, state: State, rows: Rows, jacobian: Tensor, pair: Pair | None, change: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """$E_1 … E_W$ and $G_1 … G_W$, shapes `(W, S)`."""
+        wrong, size = _norm(jacobian - rows.A).expand_as(change), _norm(jacobian).expand_as(change)
+        if pair is not None:
+            step = state.x[:-1] - state.x_seen
+            response = rows.step(step, pair.df, None)
+            length = _rms(step)
+            known = pair.seen & (length > 0)
+            length = torch.where(known, length, 1.0)
+            wrong = torch.where(known, _rms(response - mix(jacobian, step)) / length, wrong)
+            size = torch.where(known, _rms(response) / length, size)
+        local = wrong * change
+        local[0] += size[0] * state.error
+        error = scan(size[1:, None, None, :, None], local[:, None, :, None])[:, 0, :, 0]
+        growth = torch.cat([size[1:].clamp(min=1e-30).log(), torch.zeros_like(size[:1])]).flip(0).cumsum(0)
+        # growth[m] = log of the product of sizes from m + 1 to the end of the window
+        ahead = (growth.flip(0) - torch.cummin(growth, 0).values.flip(0)).exp()
+        return error, ahead
+
+    def _advance(self, state: State, ready: Tensor, x: Tensor, error: Tensor) -> State:
+        """Moves every sample's window to where it belongs and fills the lanes that enter.
+
+        `x`: the swept states, `(W + 1, k, S, D)`; `error`: $E$ at each of them, `(W + 1, S)`.
+        """
+        start, stop = self.window.advance(self.table, state.rounds, ready)
+        shift, count = start - state.start, int((stop - start).max())
+        known = state.stop - start  # lanes that stay
+        lanes = torch.arange(count + 1)[:, None] + shift
+        moved = {
+            "start": start,
+            "stop": stop,
+            "error": error.gather(0, shift.to(x.device)[None])[0],
+            "done": bool((start == len(self.table)).all()),
+            "seen": (torch.arange(count)[:, None] < known).to(x.device),
+            "x_seen": _pick(state.x_seen, lanes[:-1]),
+            "f_seen": _pick(state.f_seen, lanes[:-1]),
+        }
+        x = _pick(x, torch.minimum(lanes, state.stop - state.start))
+        noise = None if state.noise is None else _pick(state.noise, lanes[:-1])
+        fresh = (lanes[:-1] - shift >= known) & (lanes[:-1] - shift < stop - start)
+        if not bool(fresh.any()):
+            return replace(state, x=x, noise=noise, **moved)
+
+        first = int(known[fresh.any(0)].min())  # lanes before this one stay in every sample
+        old = ~fresh[first:].to(x.device)
+        if noise is not None:
+            low, high = int((start + known)[fresh.any(0)].min()), int(stop.max())
+            drawn = _pick(self.noise(low, high), lanes[first:-1] + state.start - low)
+            noise[first:] = torch.where(old[:, None, :, None], noise[first:], drawn)
+        rows = self._rows_at(start + first, count - first)
+        jacobian, offset = self.fill.model(rows, None if noise is None else noise[first:], state.newest)
+        offset = offset.expand(-1, *x.shape[1:]).clone()
+        offset[0] += mix(jacobian[0], x[first])
+        stays = old[:, None, :, None]
+        phi = torch.where(stays, x[first + 1 :], offset)
+        jacobian = torch.where(stays[:, None], 0.0, jacobian)
+        blank = torch.zeros_like(x[first:])
+        blank[0] = x[first]
+        x[first:] = sweep(phi, jacobian, blank)
+        return replace(state, x=x, noise=noise, **moved)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """Entry `index[i, s]` of every sample, clamped: `(L, …, S, D)` to `(n, …, S, D)`; a new tensor."""
+    if len(values) == 0:
+        return values.new_zeros(len(index), *values.shape[1:])
+    index = index.clamp(0, len(values) - 1)
+    if bool((index == index[:, :1]).all()):
+        return values.index_select(0, index[:, 0].to(values.device))
+    shape = (len(index), *[1] * (values.ndim - 3), index.shape[1], 1)
+    return values.gather(0, index.to(values.device).reshape(shape).expand(-1, *values.shape[1:]))
+
+
+def _rms(values: Tensor) -> Tensor:
+    """Root mean square over components and coordinates of `(W, k, S, D)`, shape `(W, S)`."""
+    return values.square().mean((1, 3)).sqrt()
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Largest row sum of $k×k$ matrices `(W, k, k, S|1, D|1)`, over coordinates too, shape `(W, S|1)`."""
+    return matrix.abs().sum(2).amax((1, 3))

@@ -1,0 +1,123 @@
+r"""A sequential sampler as data: one row per step,
+
+$$ x_{m+1} = Φ_m(x_m), \qquad Φ_m(x) = A_m x + B_m f(x^{(0)}, t_m) + C_m ξ_m, $$
+
+with $f(x, t) = \mathbb{E}[x_0 | x_t = x]$ the denoiser, $A_m, C_m$ of shape $k×k$ and $B_m$ of shape $k$. The network sees
+component 0 of the state. One component serves DDPM, DDIM, Euler and the exponential schemes; two, position and velocity,
+serve underdamped Langevin dynamics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from piadm.errors import require
+
+
+def mix(matrix: Tensor, vector: Tensor) -> Tensor:
+    """$k×k$ matrices `(…, k, k, S|1, D|1)` times vectors `(…, k, S, D)`."""
+    if vector.shape[-3] == 1:
+        return matrix.squeeze(-3) * vector
+    return (matrix * vector.unsqueeze(-4)).sum(-3)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a table, cast and shaped to act on states `(W, k, S, D)`: the arithmetic of one step."""
+
+    A: Tensor
+    B: Tensor
+    C: Tensor | None
+    alpha: Tensor
+    sigma: Tensor
+
+    def step(self, x: Tensor, f: Tensor, noise: Tensor | None) -> Tensor:
+        """$Φ_m(x_m)$ for states `(W, k, S, D)`, denoiser outputs `(W, S, D)` and noise like the states."""
+        out = mix(self.A, x) + self.B * f.unsqueeze(1)
+        return out if self.C is None or noise is None else out + mix(self.C, noise)
+
+    def jacobian(self, gain: Tensor) -> Tensor:
+        r"""$J_m = A_m + B_m L_m e_0^\top$ for a gain $L$ of shape `(W, S|1, D|1)`; shape `(W, k, k, S|1, D|1)`."""
+        column = (self.B * gain.unsqueeze(1)).unsqueeze(2)
+        if self.A.shape[1] == 1:
+            return self.A + column
+        rest = torch.zeros_like(column).expand(-1, -1, self.A.shape[1] - 1, -1, -1)
+        return self.A + torch.cat([column, rest], dim=2)
+
+    def take(self, index: Tensor) -> Rows:
+        """Rows of a whole cast table at steps `(W, S|1)`."""
+
+        def pick(values: Tensor) -> Tensor:
+            picked = values[index]  # (W, S, *entries)
+            return picked.movedim(1, -1).unsqueeze(-1)
+
+        return Rows(*(None if values is None else pick(values) for values in (self.A, self.B, self.C, self.alpha, self.sigma)))
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    r"""A scheme's rows, in float64.
+
+    Arguments:
+        A: $A_m$, shape `(M, k, k)`.
+        B: $B_m$, shape `(M, k)`.
+        C: $C_m$, shape `(M, k, k)`.
+        times: The network's time at each step, shape `(M,)`, float64 or int64.
+        alpha: $α$ of the state each step evaluates, shape `(M,)`.
+        sigma: $σ$ of the state each step evaluates, shape `(M,)`.
+        scale: Standard deviation of the starting noise.
+        blocks: Where blocks begin, and `M` at the end.
+    """
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    times: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    scale: float = 1.0
+    blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = len(self.times)
+        require(steps >= 1, "times", steps, "a table needs at least one step")
+        k = self.A.shape[-1]
+        shapes = {"A": (steps, k, k), "B": (steps, k), "C": (steps, k, k), "alpha": (steps,), "sigma": (steps,)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            require(tuple(value.shape) == shape, name, tuple(value.shape), f"expected shape {shape}")
+            require(bool(value.isfinite().all()), name, value, "the coefficients of a table must be finite")
+        if not self.blocks:
+            object.__setattr__(self, "blocks", (0, steps))
+        rising = all(a < b for a, b in zip(self.blocks, self.blocks[1:], strict=False))
+        ends = self.blocks[0] == 0 and self.blocks[-1] == steps
+        require(rising and ends, "blocks", self.blocks, f"boundaries must rise from 0 to {steps}")
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def components(self) -> int:
+        """$k$."""
+        return self.A.shape[-1]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step draws noise."""
+        return bool((self.C != 0).any())
+
+    def cast(self, device: torch.device, dtype: torch.dtype) -> Rows:
+        """All rows on a device and in a dtype, to be cut by `Rows.take`."""
+        moved = (v.to(device=device, dtype=dtype) for v in (self.A, self.B, self.C, self.alpha, self.sigma))
+        A, B, C, alpha, sigma = moved
+        return Rows(A, B, C if self.stochastic else None, alpha, sigma)
+
+
+def diagonal_table(
+    alpha: Tensor, sigma: Tensor, a: Tensor, b: Tensor, c: Tensor, times: Tensor, scale: float = 1.0, blocks: tuple[int, ...] = ()
+) -> Table:
+    """A one-component table from vectors of shape `(M,)`."""
+    return Table(a[:, None, None], b[:, None], c[:, None, None], times, alpha, sigma, scale, blocks)

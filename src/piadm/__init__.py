@@ -9,6 +9,7 @@ A denoiser (a network with its schedule), a scheme (the steps) and a sampler:
 from piadm import fills, models, propagators, schedules, targets, windows
 from piadm.denoiser import Denoiser, Guided
 from piadm.errors import NonFiniteError
+from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
 from piadm.samplers import PIADMODE, PIADMSDE, Parallel, Result, Sequential
 from piadm.schemes import DDIM, DDPM, Euler
@@ -26,6 +27,7 @@ __all__ = [
     "ExponentialODE",
     "ExponentialSDE",
     "Guided",
+    "MicroBatch",
     "NonFiniteError",
     "Parallel",
     "Result",

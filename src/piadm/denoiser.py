@@ -30,13 +30,14 @@ class DenoiserLike(Protocol):
     r"""What samplers need: $f(x, t)$ with its schedule, and what is known of the data.
 
     `mean` and `variance` (number or tensor broadcastable to one sample) describe the data to the Gaussian propagator: they
-    change how fast a run converges, never what it converges to. `dtype` is the least precise dtype that states may have,
-    `device` where they live (`None`: anywhere).
+    change how fast a run converges, never what it converges to. `event_shape` is the shape of one sample (`None`: any).
+    `dtype` is the least precise dtype that states may have, `device` where they live (`None`: anywhere).
     """
 
     schedule: Schedule
     mean: float | Tensor
     variance: float | Tensor
+    event_shape: tuple[int, ...] | None
 
     @property
     def device(self) -> torch.device | None: ...
@@ -62,6 +63,7 @@ class Denoiser:
         prediction: What it predicts, in diffusers' words (table above).
         mean: Mean of the data (a guess costs rounds, not correctness).
         variance: Variance of the data per coordinate, likewise.
+        event_shape: Shape of one sample, if the network takes only one: samplers then refuse another before they start.
 
     Raises:
         ValueError: for an unknown prediction or a negative variance.
@@ -76,6 +78,7 @@ class Denoiser:
         *,
         mean: float | Tensor = 0.0,
         variance: float | Tensor = 1.0,
+        event_shape: tuple[int, ...] | None = None,
     ) -> None:
         if not callable(network):
             raise TypeError(f"`network` is a {type(network).__name__}: give a torch.nn.Module or a function (x, t) -> tensor")
@@ -88,7 +91,7 @@ class Denoiser:
         spread = torch.as_tensor(variance)
         require(bool((spread >= 0).all() and spread.isfinite().all()), "variance", variance, "must be finite and ≥ 0")
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.mean, self.variance = mean, variance
+        self.mean, self.variance, self.event_shape = mean, variance, event_shape
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.network).__name__}, {self.schedule!r}, {self.prediction!r})"
@@ -114,7 +117,7 @@ class Denoiser:
         if self.prediction in ("epsilon", "score") and bool((alpha <= 0).any()):
             raise ValueError(
                 f"`prediction` is {self.prediction!r}, which says nothing of the data where α = 0 (time "
-                f"{times[alpha <= 0][0].item()}): use a network that predicts 'sample', 'v_prediction' or 'flow_prediction' there"
+                f"{times[alpha <= 0][0].item()}): use one that predicts 'sample', 'v_prediction' or 'flow_prediction'"
             )
 
     def _combine(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,30 +153,13 @@ class Denoiser:
         return p * x + q * out.to(x.dtype)
 
 
-class Guided:
-    r"""Classifier-free guidance, $f = f_\varnothing + w (f_c - f_\varnothing)$, in one network call of twice the rows.
+class Wrapper:
+    """A denoiser made from another: it answers for that one's schedule, data, device and times."""
 
-    Arguments:
-        denoiser: The conditional denoiser.
-        guidance_scale: $w$; 1 is no guidance.
-        unconditional: For each condition that guidance removes, the value that stands for "none": a tensor of one entry per
-            sample or one for all, for example `{"label": torch.tensor([10])}`. Other conditions go to both halves.
-
-    References:
-        Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022 (arXiv 2207.12598).
-    """
-
-    def __init__(self, denoiser: DenoiserLike, guidance_scale: float, unconditional: Mapping[str, Tensor]) -> None:
-        for name, value in unconditional.items():
-            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != 1:
-                raise ValueError(f"`unconditional[{name!r}]` is {value!r}: give a tensor whose first dimension is 1")
-        finite = isinstance(guidance_scale, int | float) and abs(guidance_scale) < float("inf")
-        require(finite, "guidance_scale", guidance_scale, "give a finite number, for example 7.5")
-        self.denoiser, self.guidance_scale, self.unconditional = denoiser, guidance_scale, dict(unconditional)
-        self.schedule, self.mean, self.variance = denoiser.schedule, denoiser.mean, denoiser.variance
-
-    def __repr__(self) -> str:
-        return f"Guided({self.denoiser!r}, guidance_scale={self.guidance_scale})"
+    def __init__(self, denoiser: DenoiserLike) -> None:
+        self.denoiser = denoiser
+        self.schedule, self.event_shape = denoiser.schedule, denoiser.event_shape
+        self.mean, self.variance = denoiser.mean, denoiser.variance
 
     @property
     def device(self) -> torch.device | None:
@@ -185,6 +171,32 @@ class Guided:
 
     def check(self, times: Tensor) -> None:
         self.denoiser.check(times)
+
+
+class Guided(Wrapper):
+    r"""Classifier-free guidance, $f = f_\varnothing + w (f_c - f_\varnothing)$, in one network call of twice the rows.
+
+    Arguments:
+        denoiser: The conditional denoiser.
+        guidance_scale: $w$; 1 is no guidance.
+        unconditional: For each condition that guidance removes, the value that stands for "none": a tensor whose first
+            dimension is 1, for example `{"label": torch.tensor([10])}`. Other conditions go to both halves.
+
+    References:
+        Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022 (arXiv 2207.12598).
+    """
+
+    def __init__(self, denoiser: DenoiserLike, guidance_scale: float, unconditional: Mapping[str, Tensor]) -> None:
+        for name, value in unconditional.items():
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != 1:
+                raise ValueError(f"`unconditional[{name!r}]` is {value!r}: give a tensor whose first dimension is 1")
+        finite = isinstance(guidance_scale, int | float) and abs(guidance_scale) < float("inf")
+        require(finite, "guidance_scale", guidance_scale, "give a finite number, for example 7.5")
+        super().__init__(denoiser)
+        self.guidance_scale, self.unconditional = guidance_scale, dict(unconditional)
+
+    def __repr__(self) -> str:
+        return f"Guided({self.denoiser!r}, guidance_scale={self.guidance_scale})"
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         rows = len(x)
@@ -210,7 +222,7 @@ def check_condition(condition: Mapping[str, Any], samples: int) -> None:
             check_condition(value, samples)
         elif isinstance(value, Tensor) and value.ndim and value.shape[0] not in (1, samples):
             raise ValueError(
-                f"`{name}` has shape {tuple(value.shape)}: its first dimension must be the batch size {samples}, or 1 to share it"
+                f"`{name}` has shape {tuple(value.shape)}: its first dimension must be the batch's, {samples}, or 1 to share it"
             )
 
 

@@ -1,6 +1,7 @@
 r"""The paper's schemes (arXiv 2405.15986, algorithms 1 and 2) as tables.
 
-In Ornstein-Uhlenbeck time the score $s = (α f - x)/σ^2$ is frozen over a step of length $ε$, the linear part is integrated exactly:
+In Ornstein-Uhlenbeck time the score $s = (α f - x)/σ^2$ is frozen over a step of length $ε$, and the linear part is
+integrated exactly:
 
 | scheme | $x'$ |
 |---|---|
@@ -112,7 +113,9 @@ class _Exponential:
     def __post_init__(self) -> None:
         for name in ("horizon", "block", "step", "early_stop"):
             require_positive(name, getattr(self, name), f"{type(self).__name__}({name}=0.5)")
-        require(self.block <= self.horizon, "block", self.block, f"is longer than the horizon {self.horizon}: give at most that")
+        require(
+            self.block <= self.horizon, "block", self.block, f"is longer than the horizon {self.horizon}: give at most that"
+        )
         length = self._length
         require(self.step <= length, "step", self.step, f"is longer than a block ({length:g}): give at most that")
         require(self.step < 1, "step", self.step, "must be below 1, or the last block's shrinking steps never shrink")

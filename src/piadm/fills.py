@@ -5,7 +5,7 @@ A fill is an affine model of a step, $x_{m+1} = J_m x_m + c_m$, run forward from
 | fill | model | known as |
 |---|---|---|
 | `Copy` | $x_{m+1} = x_m$ | ParaDiGMS; PIADM as published |
-| `Jump(mean, variance)` | with the known noise, $f$ is the Gaussian one before the first round, then the newest $f$ of the window's end | ours |
+| `Jump` | the known noise, and $f$ of the Gaussian model, later the newest $f$ of the window's end | ours, ParaSolver's jump |
 """
 
 from __future__ import annotations

@@ -76,7 +76,9 @@ class Exponential:
 
     def check(self, table: Table) -> None:
         ok = bool((table.alpha > 0).all())
-        require(ok, "propagator", self, "needs α > 0 at every step (no score where nothing is left of the data); use Gaussian()")
+        require(
+            ok, "propagator", self, "needs α > 0 at every step (no score where nothing is left of the data); use Gaussian()"
+        )
 
     def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
         return rows.jacobian(1 / rows.alpha)

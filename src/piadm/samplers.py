@@ -65,24 +65,21 @@ class Result:
         )
 
 
-@dataclass(eq=False)
 class _Sampler:
     """What all samplers share: reading the arguments of a call."""
 
-    denoiser: DenoiserLike
-    scheme: Scheme
-
-    def __post_init__(self) -> None:
+    def __init__(self, denoiser: DenoiserLike, scheme: Scheme) -> None:
         for name in ("schedule", "check", "mean", "variance"):
-            if not hasattr(self.denoiser, name):
+            if not hasattr(denoiser, name):
                 raise TypeError(
-                    f"`denoiser` is a {type(self.denoiser).__name__}: wrap the network, "
+                    f"`denoiser` is a {type(denoiser).__name__}: wrap the network, "
                     "piadm.Denoiser(network, piadm.schedules.DiscreteBetas.linear(1000), 'epsilon')"
                 )
-        if not callable(self.scheme):
-            raise TypeError(f"`scheme` is a {type(self.scheme).__name__}: give one such as piadm.DDPM(steps=1000)")
-        self.table = self.scheme(self.denoiser.schedule)
-        self.denoiser.check(self.table.times)
+        if isinstance(scheme, type) or not callable(scheme):
+            raise TypeError(f"`scheme` is {scheme!r}: give an instance such as piadm.DDPM(steps=1000)")
+        self.denoiser, self.scheme = denoiser, scheme
+        self.table = scheme(denoiser.schedule)
+        denoiser.check(self.table.times)
 
     def _begin(
         self, shape: Sequence[int], generator: GeneratorLike, noise: Tensor | None, condition: dict[str, Any]
@@ -91,6 +88,14 @@ class _Sampler:
         shape = tuple(shape)
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape)
         require(whole and len(shape) >= 1, "shape", shape, "give (batch, *event), all at least 1, for example (16, 1, 28, 28)")
+        event = self.denoiser.event_shape
+        fits = event is None or shape[1:] == event
+        require(
+            fits,
+            "shape",
+            shape,
+            f"this denoiser's samples have shape {event}: give (batch, {', '.join(map(str, event or ()))})",
+        )
         check_condition(condition, shape[0])
         first = generator if isinstance(generator, torch.Generator) else generator[0] if generator else None
         home = self.denoiser.device or (noise.device if noise is not None else first.device if first else torch.device("cpu"))
@@ -104,7 +109,9 @@ class _Sampler:
         for name in ("mean", "variance"):
             value = getattr(self.denoiser, name)
             fits = not isinstance(value, Tensor) or value.numel() == 1 or value.shape == shape[1:]
-            require(fits, name, getattr(value, "shape", value), f"the denoiser's {name} must be a number or of shape {shape[1:]}")
+            require(
+                fits, name, getattr(value, "shape", value), f"the denoiser's {name} must be a number or of shape {shape[1:]}"
+            )
         size = math.prod(shape[1:])
         source = Noise(generator, shape[0], size, self.table.components, home, dtype)
         x = source.start() if noise is None else noise.to(dtype).reshape(shape[0], size)
@@ -128,7 +135,6 @@ class _Network:
         return f.reshape(request.x.shape)
 
 
-@dataclass(eq=False)
 class Sequential(_Sampler):
     """One network call after the other: a plain loop, and the oracle that every parallel run is held against.
 
@@ -180,7 +186,6 @@ class Sequential(_Sampler):
         )
 
 
-@dataclass(eq=False)
 class Parallel(_Sampler):
     r"""All steps of a window at once, refined round by round until they are the sequential sample to `tolerance`.
 
@@ -199,23 +204,25 @@ class Parallel(_Sampler):
         NonFiniteError: if the network returns NaN or infinity; the finished steps are on the exception.
     """
 
-    propagator: Propagator | None = None
-    window: int | Window | None = None
-    tolerance: float = 1e-2
-    max_rounds: int | None = None
-    fill: Fill | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive("tolerance", self.tolerance, "tolerance=1e-2")
-        if self.max_rounds is not None:
-            require_count("max_rounds", self.max_rounds, "max_rounds=100")
-        if self.propagator is None:
-            self.propagator = Secant(self.denoiser.variance)
-        if self.fill is None:
-            self.fill = Jump(self.denoiser.mean, self.denoiser.variance)
-        if self.window is None or isinstance(self.window, int):
-            self.window = Sliding(self.window)
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        scheme: Scheme,
+        *,
+        propagator: Propagator | None = None,
+        window: int | Window | None = None,
+        tolerance: float = 1e-2,
+        max_rounds: int | None = None,
+        fill: Fill | None = None,
+    ) -> None:
+        super().__init__(denoiser, scheme)
+        require_positive("tolerance", tolerance, "tolerance=1e-2")
+        if max_rounds is not None:
+            require_count("max_rounds", max_rounds, "max_rounds=100")
+        self.propagator: Propagator = Secant(denoiser.variance) if propagator is None else propagator
+        self.fill: Fill = Jump(denoiser.mean, denoiser.variance) if fill is None else fill
+        self.window: Window = Sliding(window) if window is None or isinstance(window, int) else window
+        self.tolerance, self.max_rounds = tolerance, max_rounds
         for name, method in (("propagator", "jacobian"), ("window", "advance"), ("fill", "model")):
             policy = getattr(self, name)
             if isinstance(policy, type) or not hasattr(policy, method):
@@ -248,7 +255,6 @@ class Parallel(_Sampler):
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         network = _Network(self.denoiser, event, len(x), condition)
-        assert self.propagator is not None and self.fill is not None and not isinstance(self.window, int | None)
         solver = Solver(self.table, source, self.propagator, self.window, self.fill, self.tolerance)
         state, residuals, windows = solver.init(x), [], []
         with progress_bar(len(self.table), progress) as show:
@@ -307,7 +313,7 @@ class PIADMSDE(Parallel):
     ) -> None:
         require_count("iterations", iterations, "iterations=8")
         scheme = ExponentialSDE(horizon, block, step, early_stop)
-        super().__init__(denoiser, scheme, Exponential(), Blocks(iterations), fill=Copy())
+        super().__init__(denoiser, scheme, propagator=Exponential(), window=Blocks(iterations), fill=Copy())
 
 
 class PIADMODE(Parallel):
@@ -342,4 +348,5 @@ class PIADMODE(Parallel):
         corrector = corrector or Corrector()
         scheme = ExponentialODE(horizon, block, step, early_stop, corrector)
         per_block = [iterations] + [corrector.iterations] * corrector.blocks
-        super().__init__(denoiser, scheme, Exponential(), Blocks(per_block * scheme.count), fill=Copy())
+        window = Blocks(per_block * scheme.count)
+        super().__init__(denoiser, scheme, propagator=Exponential(), window=window, fill=Copy())

@@ -148,10 +148,11 @@ class DiscreteBetas(Schedule):
         slack = 1e-9
         low, high = float(table[0]) - slack, float(table[-1]) + slack
         if len(table) < 2 or float(log_snr.min()) < low or float(log_snr.max()) > high:
+            first, last = (math.log1p(math.exp(-2 * edge)) for edge in (high, low))
             raise ValueError(
                 f"log(α/σ) from {float(log_snr.min()):.3f} to {float(log_snr.max()):.3f} is outside this schedule's "
-                f"[{low:.3f}, {high:.3f}]: in the paper's time the network knows t from "
-                f"{math.log1p(math.exp(-2 * high)):.2g} to {math.log1p(math.exp(-2 * low)):.4g}; choose `early_stop` and `horizon` inside"
+                f"[{low:.3f}, {high:.3f}]: in the paper's time the network knows t from {first:.2g} to {last:.4g}; "
+                "choose `early_stop` and `horizon` inside"
             )
         right = torch.searchsorted(table, log_snr.double()).clamp(1, len(table) - 1)
         weight = (log_snr - table[right - 1]) / (table[right] - table[right - 1])

@@ -10,17 +10,18 @@ state. Whoever drives it (a sampler, a pipeline, a distributed run, a notebook c
 A round evaluates $f$ at all states of the window, forms $Φ_m(x_m)$, and carries the defects forward with the propagator's $J$.
 
 *Error and stopping.* Let $e_m$ be the distance of $x_m$ from the sequential sample after the sweep. To first order
-$e_{m+1} = J^*_m e_m + (J_m - J^*_m) d_m$ with $J^*$ the true Jacobian along the change $d_m$. How wrong $J_m$ is, the last two
-evaluations tell: $ρ_m = ‖ΔΦ_m - J_m Δx_m‖ / ‖Δx_m‖$ ($‖J_m - A_m‖$ before there are two). So the recursion
-$E_{m+1} = ‖J_m‖ E_m + ρ_m ‖d_m‖$ estimates the error, in rms per coordinate. A sliding window accepts the steps up to the last one
-before $E$ exceeds its allowance, $τ$ times the share of the run that would then be finished; the estimate at the accepted
-state is carried along, so that errors of successive windows add up. The first step is always accepted: its state is exact
-relative to the ones before it, so a run of $M$ steps ends within $M$ rounds whatever the network does.
+$e_{m+1} = J^*_m e_m + (J_m - J^*_m) d_m$ with $J^*$ the true Jacobian along the change $d_m$. How wrong $J_m$ is, the last
+two evaluations tell: $ρ_m = ‖ΔΦ_m - J_m Δx_m‖ / ‖Δx_m‖$ ($‖J_m - A_m‖$ before there are two). So the recursion
+$E_{m+1} = ‖J_m‖ E_m + ρ_m ‖d_m‖$ estimates the error, in rms per coordinate. A sliding window accepts the steps up to the
+last one before $E$ exceeds its allowance, $τ$ times the share of the run that would then be finished; the estimate at the
+accepted state is carried along, so that errors of successive windows add up. The first step is always accepted: its state is
+exact relative to the ones before it, so a run of $M$ steps ends within $M$ rounds whatever the network does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -107,9 +108,14 @@ class Solver:
     def __post_init__(self) -> None:
         self.propagator.check(self.table)
         self.window.check(self.table)
-        device, dtype = self.noise.device, self.noise.dtype
-        object.__setattr__(self, "_rows", self.table.cast(device, dtype))
-        object.__setattr__(self, "_times", self.table.times.to(device))
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return self.table.cast(self.noise.device, self.noise.dtype)
+
+    @cached_property
+    def _times(self) -> Tensor:
+        return self.table.times.to(self.noise.device)
 
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
@@ -216,12 +222,9 @@ class Solver:
     def _rows_at(self, start: Tensor, count: int) -> Rows:
         shared = start[:1] if bool((start == start[0]).all()) else start
         index = (shared + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
-        rows: Rows = self._rows  # type: ignore[attr-defined]
-        return rows.take(index.to(self.noise.device))
+        return self._rows.take(index.to(self.noise.device))
 
-    def _errors(
-        self, state: State, rows: Rows, jacobian: Tensor, pair: Pair | None, change: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _errors(self, state: State, rows: Rows, jacobian: Tensor, pair: Pair | None, change: Tensor) -> tuple[Tensor, Tensor]:
         """$E_1 … E_W$ and $G_1 … G_W$, shapes `(W, S)`."""
         wrong, size = _norm(jacobian - rows.A).expand_as(change), _norm(jacobian).expand_as(change)
         if pair is not None:
@@ -249,20 +252,23 @@ class Solver:
         shift, count = start - state.start, int((stop - start).max())
         known = state.stop - start  # lanes that stay
         lanes = torch.arange(count + 1)[:, None] + shift
-        moved = {
-            "start": start,
-            "stop": stop,
-            "error": error.gather(0, shift.to(x.device)[None])[0],
-            "done": bool((start == len(self.table)).all()),
-            "seen": (torch.arange(count)[:, None] < known).to(x.device),
-            "x_seen": _pick(state.x_seen, lanes[:-1]),
-            "f_seen": _pick(state.f_seen, lanes[:-1]),
-        }
         x = _pick(x, torch.minimum(lanes, state.stop - state.start))
         noise = None if state.noise is None else _pick(state.noise, lanes[:-1])
+        moved = replace(
+            state,
+            start=start,
+            stop=stop,
+            x=x,
+            noise=noise,
+            error=error.gather(0, shift.to(x.device)[None])[0],
+            done=bool((start == len(self.table)).all()),
+            seen=(torch.arange(count)[:, None] < known).to(x.device),
+            x_seen=_pick(state.x_seen, lanes[:-1]),
+            f_seen=_pick(state.f_seen, lanes[:-1]),
+        )
         fresh = (lanes[:-1] - shift >= known) & (lanes[:-1] - shift < stop - start)
         if not bool(fresh.any()):
-            return replace(state, x=x, noise=noise, **moved)
+            return moved
 
         first = int(known[fresh.any(0)].min())  # lanes before this one stay in every sample
         old = ~fresh[first:].to(x.device)
@@ -280,7 +286,7 @@ class Solver:
         blank = torch.zeros_like(x[first:])
         blank[0] = x[first]
         x[first:] = sweep(phi, jacobian, blank)
-        return replace(state, x=x, noise=noise, **moved)
+        return moved
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 r"""The forward substitution of a round, $x^{new}_{m+1} = Φ_m(x_m) + J_m (x^{new}_m - x_m)$, over the window.
 
-The change $d_m = x^{new}_m - x_m$ obeys $d_{m+1} = r_m + J_m d_m$ with the defect $r_m = Φ_m(x_m) - x_{m+1}$ and $d_0 = 0$. Large
-states are swept by a loop, whose memory traffic is least; small ones by a scan of $⌈\log_2 W⌉$ doublings, whose number of
-operator calls is least. The scan multiplies neighbouring $J$ and never divides by a product of them, so products that
-vanish lose nothing. Both end with $x^{new}_{m+1} = Φ_m(x_m) + J_m d_m$, so where $d_m = 0$ the step is $Φ_m$ to the last bit.
+The change $d_m = x^{new}_m - x_m$ obeys $d_{m+1} = r_m + J_m d_m$ with the defect $r_m = Φ_m(x_m) - x_{m+1}$ and
+$d_0 = 0$. Large states are swept by a loop, whose memory traffic is least; small ones by a scan of $⌈\log_2 W⌉$ doublings,
+whose number of operator calls is least. The scan multiplies neighbouring $J$ and never divides by a product of them, so
+products that vanish lose nothing. Both end with $x^{new}_{m+1} = Φ_m(x_m) + J_m d_m$, so where $d_m = 0$ the step is $Φ_m$
+to the last bit.
 """
 
 from __future__ import annotations

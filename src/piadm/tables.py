@@ -54,7 +54,8 @@ class Rows:
             picked = values[index]  # (W, S, *entries)
             return picked.movedim(1, -1).unsqueeze(-1)
 
-        return Rows(*(None if values is None else pick(values) for values in (self.A, self.B, self.C, self.alpha, self.sigma)))
+        C = None if self.C is None else pick(self.C)
+        return Rows(pick(self.A), pick(self.B), C, pick(self.alpha), pick(self.sigma))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +112,10 @@ class Table:
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> Rows:
         """All rows on a device and in a dtype, to be cut by `Rows.take`."""
-        moved = (v.to(device=device, dtype=dtype) for v in (self.A, self.B, self.C, self.alpha, self.sigma))
-        A, B, C, alpha, sigma = moved
+        A, B, C, alpha, sigma = (v.to(device, dtype) for v in (self.A, self.B, self.C, self.alpha, self.sigma))
         return Rows(A, B, C if self.stochastic else None, alpha, sigma)
 
 
-def diagonal_table(
-    alpha: Tensor, sigma: Tensor, a: Tensor, b: Tensor, c: Tensor, times: Tensor, scale: float = 1.0, blocks: tuple[int, ...] = ()
-) -> Table:
+def diagonal_table(alpha: Tensor, sigma: Tensor, a: Tensor, b: Tensor, c: Tensor, times: Tensor, scale: float = 1.0) -> Table:
     """A one-component table from vectors of shape `(M,)`."""
-    return Table(a[:, None, None], b[:, None], c[:, None, None], times, alpha, sigma, scale, blocks)
+    return Table(a[:, None, None], b[:, None], c[:, None, None], times, alpha, sigma, scale)

@@ -26,6 +26,7 @@ class _Target:
     schedule: Schedule
     mean: float | Tensor
     variance: float | Tensor
+    event_shape: tuple[int, ...] | None = None
     dtype = torch.float32
     device = None
 
@@ -71,7 +72,7 @@ class GaussianMixture(_Target):
 
     Arguments:
         means: $μ_i$, shape `(n, *event)`.
-        variances: $v_i \ge 0$: a number, shape `(n,)` (isotropic components) or `(n, *event)`.
+        variance: $v_i \ge 0$: a number, shape `(n,)` (isotropic components) or `(n, *event)`.
         weights: $w_i > 0$, shape `(n,)`; equal by default, normalised here.
         schedule: The noise schedule, the paper's by default.
     """
@@ -79,17 +80,17 @@ class GaussianMixture(_Target):
     def __init__(
         self,
         means: Tensor,
-        variances: float | Tensor,
+        variance: float | Tensor,
         weights: Tensor | None = None,
         schedule: Schedule | None = None,
     ) -> None:
         require(means.ndim >= 1 and len(means) >= 1, "means", tuple(means.shape), "give shape (components, *event)")
         n = len(means)
         self.means = means.detach().double().reshape(n, -1)
-        v = torch.as_tensor(variances, dtype=torch.float64, device=means.device)
+        v = torch.as_tensor(variance, dtype=torch.float64, device=means.device)
         right = v.ndim == 0 or v.shape == (n,) or v.shape == means.shape
-        require(right, "variances", tuple(v.shape), f"give a number, shape ({n},) or {tuple(means.shape)}")
-        require(bool((v >= 0).all() and v.isfinite().all()), "variances", variances, "must be finite and ≥ 0")
+        require(right, "variance", tuple(v.shape), f"give a number, shape ({n},) or {tuple(means.shape)}")
+        require(bool((v >= 0).all() and v.isfinite().all()), "variance", variance, "must be finite and ≥ 0")
         self.variances = v.expand(n)[:, None] if v.ndim < 2 else v.reshape(n, -1)
         w = torch.ones(n, dtype=torch.float64) if weights is None else weights.double()
         require(w.shape == (n,) and bool((w > 0).all()), "weights", weights, f"give {n} numbers above 0")
@@ -97,8 +98,9 @@ class GaussianMixture(_Target):
         self.schedule = schedule or OrnsteinUhlenbeck()
         share = self.log_weights.exp()[:, None]
         centre = (share * self.means).sum(0)
-        self.mean = centre.reshape(means.shape[1:])
-        # one number: the scale that the Gaussian model needs, not a map of it
+        self.event_shape = tuple(means.shape[1:])
+        self.mean = centre.reshape(self.event_shape)
+        # of the whole mixture, not of a component; one number: the scale that the Gaussian model needs, not a map of it
         self.variance = float((share * (self.variances + (self.means - centre) ** 2)).sum(0).mean())
 
     def __repr__(self) -> str:
@@ -109,8 +111,9 @@ class GaussianMixture(_Target):
         means, variances = self.means.to(x.device), self.variances.to(x.device)
         # an isotropic mixture needs inner products alone, so its chunks hold weights, not differences
         width = max(1, CHUNK // (means.numel() if variances.shape[1] > 1 else len(means)))
-        parts = zip(x.reshape(len(x), -1).double().split(width), alpha.split(width), noise.split(width), strict=True)
         evaluate = self._diagonal if variances.shape[1] > 1 else self._isotropic
+        flat = x.reshape(len(x), -1).double()
+        parts = zip(torch.split(flat, width), torch.split(alpha, width), torch.split(noise, width), strict=True)
         return torch.cat([evaluate(*part, means, variances) for part in parts]).reshape(x.shape).to(x.dtype)
 
     def _isotropic(self, x: Tensor, alpha: Tensor, noise: Tensor, means: Tensor, variances: Tensor) -> Tensor:

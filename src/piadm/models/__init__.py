@@ -25,7 +25,7 @@ LABELS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", 
 
 
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
-    """An embedded denoiser, in evaluation mode; `denoiser.network.event_shape` is the shape of one sample.
+    """An embedded denoiser, in evaluation mode; `denoiser.event_shape` is the shape of one sample.
 
     Raises:
         ValueError: for a name not in `NAMES`.
@@ -37,8 +37,12 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle, not a dict)
     network = UNet(**config["network"])
     network.load_state_dict(weights)
-    network.event_shape = tuple(config["event_shape"])
     network.eval().requires_grad_(False).to(device=device, dtype=dtype)
     return Denoiser(
-        network, DiscreteBetas.linear(1000), config["prediction"], mean=config["mean"], variance=config["variance"]
+        network,
+        DiscreteBetas.linear(1000),
+        config["prediction"],
+        mean=config["mean"],
+        variance=config["variance"],
+        event_shape=tuple(config["event_shape"]),
     )

@@ -17,6 +17,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from piadm.models.unet import UNet
 
-RECIPES: dict[str, dict] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "fashion": {
         "network": {"channels": 1, "widths": (40, 80), "depth": 1, "patch": 2, "classes": 10},
         "prediction": "v_prediction",
@@ -85,14 +86,15 @@ def train(name: str, folder: Path, output: Path, steps: int, log_every: int = 25
             average[key].lerp_(value, 1 - decay)
         losses.append(loss.item())
         if (step + 1) % log_every == 0:
-            print(f"{name} {step + 1}/{steps} loss {np.mean(losses[-log_every:]):.4f} {time.perf_counter() - started:.0f} s", flush=True)
+            loss_now, seconds = float(np.mean(losses[-log_every:])), time.perf_counter() - started
+            print(f"{name} {step + 1}/{steps} loss {loss_now:.4f} {seconds:.0f} s", flush=True)
             config = {
                 "network": recipe["network"],
                 "prediction": recipe["prediction"],
                 "event_shape": list(x.shape[1:]),
                 "mean": x.mean().item(),
                 "variance": x.var().item(),
-                "trained": {"steps": step + 1, "batch": recipe["batch"], "loss": float(np.mean(losses[-log_every:]))},
+                "trained": {"steps": step + 1, "batch": recipe["batch"], "loss": loss_now},
             }
             save_file(average, output, metadata={"piadm": json.dumps(config)})
 

@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        return self.skip(x) + h
+        return torch.add(self.skip(x), h)
 
 
 class Attention(nn.Module):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
             for part in self.qkv(self.norm(x)).chunk(3, dim=1)
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(batch, width, rows, columns)
-        return x + self.out(h)
+        return torch.add(x, self.out(h))
 
 
 class UNet(nn.Module):
@@ -101,9 +101,7 @@ class UNet(nn.Module):
                 width = w
             if level > 0:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)))
-        self.leave = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels * patch**2, 3, padding=1)
-        )
+        self.leave = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         t = t.expand(x.shape[0])

@@ -21,7 +21,7 @@ from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
 from piadm.fills import Copy, Fill, Jump
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
-from piadm.propagators import Exponential, Propagator, Secant
+from piadm.propagators import Exponential, Gaussian, Propagator, Secant
 from piadm.schemes import Scheme
 from piadm.solver import Request, Solver
 from piadm.windows import Blocks, Sliding, Window
@@ -255,7 +255,7 @@ class Parallel(_Sampler):
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         network = _Network(self.denoiser, event, len(x), condition)
-        solver = Solver(self.table, source, self.propagator, self.window, self.fill, self.tolerance)
+        solver = Solver(self.table, source, self.propagator, self.window, self.fill, self.tolerance, Gaussian(self.denoiser.variance))
         state, residuals, windows = solver.init(x), [], []
         with progress_bar(len(self.table), progress) as show:
             while not state.done and state.rounds != self.max_rounds:

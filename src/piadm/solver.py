@@ -29,8 +29,9 @@ from torch import Tensor
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import Noise
-from piadm.propagators import Pair, Propagator
-from piadm.sweep import scan, sweep
+from piadm.propagators import Gaussian, Pair, Propagator
+from piadm.stopping import SAFETY, misfit, sensitivity
+from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
 
@@ -104,6 +105,7 @@ class Solver:
     window: Window
     fill: Fill
     tolerance: float
+    model: Gaussian
 
     def __post_init__(self) -> None:
         self.propagator.check(self.table)
@@ -116,6 +118,10 @@ class Solver:
     @cached_property
     def _times(self) -> Tensor:
         return self.table.times.to(self.noise.device)
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        return sensitivity(self.table, self.model).to(self.noise.device, self.noise.dtype)
 
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
@@ -183,10 +189,14 @@ class Solver:
             pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
         jacobian = self.propagator.jacobian(rows, pair)
         new = sweep(phi, jacobian, x)
-        error, ahead = self._errors(state, rows, jacobian, pair, _rms(new[:-1] - x[:-1]))
-
+        step = x[:-1] - state.x_seen if pair is not None else x[:-1]
+        wrong = misfit(rows, jacobian, self.model, pair, step)
+        change = _rms(new[:-1] - x[:-1])
+        weight = self._weights[steps.to(device)].movedim(-1, 1)  # (W, k, S)
+        cost = ((weight * wrong).sum(1) * change).masked_fill(~inside, 0.0).cumsum(0)
+        error = state.error + cost
         share = (steps + 1).to(error) / len(self.table)
-        over = (error * ahead > self.tolerance * share.to(device)) | ~inside
+        over = (error * SAFETY > self.tolerance * share) | ~inside
         over[0] = False
         accepted = torch.cumprod((~over).long(), 0).sum(0).cpu()
         record = (int(state.start.min()), int(state.stop.max()))
@@ -223,25 +233,6 @@ class Solver:
         shared = start[:1] if bool((start == start[0]).all()) else start
         index = (shared + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
         return self._rows.take(index.to(self.noise.device))
-
-    def _errors(self, state: State, rows: Rows, jacobian: Tensor, pair: Pair | None, change: Tensor) -> tuple[Tensor, Tensor]:
-        """$E_1 … E_W$ and $G_1 … G_W$, shapes `(W, S)`."""
-        wrong, size = _norm(jacobian - rows.A).expand_as(change), _norm(jacobian).expand_as(change)
-        if pair is not None:
-            step = state.x[:-1] - state.x_seen
-            response = rows.step(step, pair.df, None)
-            length = _rms(step)
-            known = pair.seen & (length > 0)
-            length = torch.where(known, length, 1.0)
-            wrong = torch.where(known, _rms(response - mix(jacobian, step)) / length, wrong)
-            size = torch.where(known, _rms(response) / length, size)
-        local = wrong * change
-        local[0] += size[0] * state.error
-        error = scan(size[1:, None, None, :, None], local[:, None, :, None])[:, 0, :, 0]
-        growth = torch.cat([size[1:].clamp(min=1e-30).log(), torch.zeros_like(size[:1])]).flip(0).cumsum(0)
-        # growth[m] = log of the product of sizes from m + 1 to the end of the window
-        ahead = (growth.flip(0) - torch.cummin(growth, 0).values.flip(0)).exp()
-        return error, ahead
 
     def _advance(self, state: State, ready: Tensor, x: Tensor, error: Tensor) -> State:
         """Moves every sample's window to where it belongs and fills the lanes that enter.

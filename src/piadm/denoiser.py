@@ -88,8 +88,7 @@ class Denoiser:
             )
         known = get_args(Prediction)
         require(prediction in known, "prediction", prediction, f"give one of {', '.join(known)}")
-        spread = torch.as_tensor(variance)
-        require(bool((spread >= 0).all() and spread.isfinite().all()), "variance", variance, "must be finite and ≥ 0")
+        require_moments(mean, variance)
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.mean, self.variance, self.event_shape = mean, variance, event_shape
 
@@ -142,7 +141,7 @@ class Denoiser:
         clock = t if not t.is_floating_point() else t.to(torch.promote_types(dtype, torch.float32))
         out = self.network(x.to(dtype), clock, **condition)
         out = getattr(out, "sample", out)
-        out = out[0] if isinstance(out, tuple | list) else out
+        out = out[0] if isinstance(out, tuple | list) and out else out
         if not isinstance(out, Tensor) or not out.is_floating_point() or out.shape != x.shape:
             got = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
             raise TypeError(
@@ -157,6 +156,10 @@ class Wrapper:
     """A denoiser made from another: it answers for that one's schedule, data, device and times."""
 
     def __init__(self, denoiser: DenoiserLike) -> None:
+        if not hasattr(denoiser, "schedule"):
+            raise TypeError(
+                f"`denoiser` is a {type(denoiser).__name__}: wrap the network, piadm.Denoiser(network, schedule, 'epsilon')"
+            )
         self.denoiser = denoiser
         self.schedule, self.event_shape = denoiser.schedule, denoiser.event_shape
         self.mean, self.variance = denoiser.mean, denoiser.variance
@@ -187,6 +190,8 @@ class Guided(Wrapper):
     """
 
     def __init__(self, denoiser: DenoiserLike, guidance_scale: float, unconditional: Mapping[str, Tensor]) -> None:
+        if not isinstance(unconditional, Mapping):
+            raise TypeError(f"`unconditional` is {unconditional!r}: give a dictionary such as {{'label': torch.tensor([10])}}")
         for name, value in unconditional.items():
             if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != 1:
                 raise ValueError(f"`unconditional[{name!r}]` is {value!r}: give a tensor whose first dimension is 1")
@@ -200,19 +205,41 @@ class Guided(Wrapper):
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         rows = len(x)
-        missing = [name for name in self.unconditional if name not in condition]
-        if missing:
-            raise ValueError(f"`{missing[0]}` has an unconditional value but was not given: pass {missing[0]}=… to the sampler")
-        both: dict[str, Any] = {}
-        for name, value in condition.items():
+        both = each_tensor(lambda value: torch.cat([value, value]) if len(value) == rows else value, condition)
+        for name, absent in self.unconditional.items():
+            value = condition.get(name)
             if not (isinstance(value, Tensor) and value.ndim and len(value) == rows):
-                both[name] = value
-                continue
-            other = self.unconditional.get(name)
-            none = value if other is None else other.to(value.device, value.dtype).expand_as(value)
-            both[name] = torch.cat([none, value])
-        absent, present = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
-        return absent + self.guidance_scale * (present - absent)
+                given = "was not given" if value is None else f"is {value!r}, which guidance cannot take away"
+                raise ValueError(
+                    f"`{name}` has an unconditional value but {given}: pass a tensor {name}=… with one entry a sample"
+                )
+            if absent.shape[1:] != value.shape[1:]:
+                raise ValueError(f"`unconditional[{name!r}]` has shape {tuple(absent.shape)}: expected {(1, *value.shape[1:])}")
+            both[name] = torch.cat([absent.to(value.device, value.dtype).expand_as(value), value])
+        without, within = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        return without + self.guidance_scale * (within - without)
+
+
+def require_moments(mean: float | Tensor, variance: float | Tensor) -> None:
+    """What is said of the data must be numbers or tensors, finite, and a variance not negative."""
+    for name, value in (("mean", mean), ("variance", variance)):
+        if not isinstance(value, int | float | Tensor):
+            raise TypeError(f"`{name}` is {value!r}: give a number or a tensor of one sample's shape")
+        values = torch.as_tensor(value)
+        require(
+            bool(values.isfinite().all()), name, value, "must be finite and ≥ 0" if name == "variance" else "must be finite"
+        )
+    require(bool((torch.as_tensor(variance) >= 0).all()), "variance", variance, "must be finite and ≥ 0")
+
+
+def each_tensor(act: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A condition with every tensor of at least one dimension acted upon, in mappings, tuples and lists too."""
+    if isinstance(value, Mapping):
+        return {name: each_tensor(act, entry) for name, entry in value.items()}
+    if isinstance(value, tuple | list):
+        entries = [each_tensor(act, entry) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    return act(value) if isinstance(value, Tensor) and value.ndim else value
 
 
 def check_condition(condition: Mapping[str, Any], samples: int) -> None:
@@ -220,20 +247,26 @@ def check_condition(condition: Mapping[str, Any], samples: int) -> None:
     for name, value in condition.items():
         if isinstance(value, Mapping):
             check_condition(value, samples)
-        elif isinstance(value, Tensor) and value.ndim and value.shape[0] not in (1, samples):
-            raise ValueError(
-                f"`{name}` has shape {tuple(value.shape)}: its first dimension must be the batch's, {samples}, or 1 to share it"
+        elif isinstance(value, tuple | list) and any(isinstance(entry, Tensor | Mapping | tuple | list) for entry in value):
+            check_condition({f"{name}[{i}]": entry for i, entry in enumerate(value)}, samples)
+        elif isinstance(value, Tensor):
+            if value.ndim and value.shape[0] not in (1, samples):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)}: "
+                    f"its first dimension must be the batch's, {samples}, or 1 to share it"
+                )
+        elif isinstance(value, tuple | list) or hasattr(value, "__array__"):
+            raise TypeError(
+                f"`{name}` is a {type(value).__name__}, which is not repeated along the window: "
+                f"give a tensor, {name}=torch.as_tensor({name})"
             )
 
 
 def spread(condition: Mapping[str, Any], sample: Tensor, samples: int) -> dict[str, Any]:
-    """Conditions for network rows: row `r` gets the entry of sample `sample[r]`; shape `(R,)`. Nested mappings are followed."""
-    out: dict[str, Any] = {}
-    for name, value in condition.items():
-        if isinstance(value, Mapping):
-            out[name] = spread(value, sample, samples)
-        elif isinstance(value, Tensor) and value.ndim:
-            out[name] = value.expand(samples, *value.shape[1:])[sample.to(value.device)]
-        else:
-            out[name] = value
+    """Conditions for network rows: row `r` gets the entry of sample `sample[r]`; shape `(R,)`."""
+
+    def repeat(value: Tensor) -> Tensor:
+        return value.expand(samples, *value.shape[1:])[sample.to(value.device)]
+
+    out: dict[str, Any] = each_tensor(repeat, condition)
     return out

@@ -8,7 +8,9 @@ from torch import Tensor
 def require(condition: bool, argument: str, value: object, remedy: str) -> None:
     """Raises a `ValueError` that names the argument, its value and the remedy, unless the condition holds."""
     if not condition:
-        raise ValueError(f"`{argument}` is {value!r}: {remedy}")
+        large = isinstance(value, Tensor) and value.numel() > 8
+        shown = f"a tensor of shape {tuple(getattr(value, 'shape', ()))}" if large else " ".join(repr(value).split())
+        raise ValueError(f"`{argument}` is {shown}: {remedy}")
 
 
 def require_positive(argument: str, value: object, example: str) -> None:

@@ -2,13 +2,12 @@ r"""Executors: how a round's rows reach the network. An executor is a wrapper th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from piadm.denoiser import DenoiserLike, Wrapper
+from piadm.denoiser import DenoiserLike, Wrapper, each_tensor
 from piadm.errors import require_count
 
 
@@ -36,13 +35,7 @@ class MicroBatch(Wrapper):
         return torch.cat([self.denoiser(x[part], t[part], **_cut(condition, part, rows)) for part in parts])
 
 
-def _cut(condition: Mapping[str, Any], part: slice, rows: int) -> dict[str, Any]:
+def _cut(condition: dict[str, Any], part: slice, rows: int) -> dict[str, Any]:
     """The conditions of some rows; what does not run along the rows is shared."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return _cut(value, part, rows)
-        along = isinstance(value, Tensor) and value.ndim and len(value) == rows
-        return value[part] if along else value
-
-    return {name: cut(value) for name, value in condition.items()}
+    out: dict[str, Any] = each_tensor(lambda value: value[part] if len(value) == rows else value, condition)
+    return out

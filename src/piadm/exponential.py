@@ -176,8 +176,8 @@ def _finish(
         left * B,
         left[:, :, None] * C,
         times[:-1],
-        schedule.alpha(times[:-1]),
-        schedule.sigma(times[:-1]),
+        schedule.alpha(times),
+        schedule.sigma(times),
         float(scale[0]),
         tuple(blocks),
     )
@@ -228,6 +228,13 @@ class ExponentialODE(_Exponential):
     )
 
     corrector: Corrector | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.corrector, Corrector | None):
+            raise TypeError(
+                f"`corrector` is {self.corrector!r}: give a Corrector, for example Corrector(friction=2.0), or None"
+            )
 
     def __call__(self, schedule: Schedule) -> Table:
         k = 1 if self.corrector is None else 2

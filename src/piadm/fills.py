@@ -29,12 +29,16 @@ class Fill(Protocol):
 
 @dataclass(frozen=True)
 class Copy:
-    """Every unvisited state is a copy of the newest known one."""
+    r"""Every unvisited state is a copy of the newest known one, in units of $\sqrt{α^2 + σ^2}$: where that is not 1 throughout,
+    the network's scaling of the states changes along the way and the paper's does not.
+    """
 
     def model(self, rows: Rows, noise: Tensor | None, newest: Tensor | None) -> tuple[Tensor, Tensor]:
-        k = rows.A.shape[1]
-        eye = torch.eye(k, device=rows.A.device, dtype=rows.A.dtype).reshape(1, k, k, 1, 1)
-        return eye.expand_as(rows.A), torch.zeros_like(rows.B)
+        jacobian = torch.zeros_like(rows.A)
+        jacobian[:, 0, 0] = rows.growth
+        for velocity in range(1, rows.A.shape[1]):
+            jacobian[:, velocity, velocity] = 1
+        return jacobian, torch.zeros_like(rows.B)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,10 @@ class Noise:
         if len(generators) not in (1, samples) or (len(generators) == 1 != samples and isinstance(generator, Sequence)):
             raise ValueError(f"`generator` has {len(generators)} generators: give one, or one per sample ({samples})")
         for one in generators:
+            if not isinstance(one, torch.Generator | None):
+                raise TypeError(
+                    f"`generator` holds a {type(one).__name__}: give torch.Generator({device.type!r}).manual_seed(0)"
+                )
             if one is not None and one.device.type != device.type:
                 raise ValueError(
                     f"`generator` lives on {one.device} but the samples on {device}: "

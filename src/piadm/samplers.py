@@ -38,10 +38,12 @@ class Result:
         steps: $M$, the sequential scheme's network calls.
         rounds: Batched network calls, one after the other.
         evaluations: Network rows (state × time) per sample, averaged over the batch.
-        residuals: For each round the rms defect of every step of its window, the largest over samples, shape `(W,)`.
+        residuals: For each round the rms defect of every step of its window, the largest over samples, shape `(W,)`; NaN at
+            a step that no sample iterated.
         windows: For each round its first step and one past its last, over all samples.
         converged: Whether every step was finished (`False` when `max_rounds` ended the run first).
-        error: Estimated rms distance of each sample from the sequential one, shape `(S,)` (0 for `Sequential`).
+        error: Estimated rms distance of each sample from the sequential one, held against `tolerance`; shape `(S,)`, 0 for
+            `Sequential`. See `piadm.stopping`.
         seconds: Wall time, network included.
         network_seconds: Of that, time inside the denoiser.
     """
@@ -195,7 +197,7 @@ class Parallel(_Sampler):
         propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
         window: How many steps are iterated at once (a `Sliding` window), or a `Window`; all by default.
         tolerance: $τ$, the promised rms distance per coordinate, in data units, from the sequential sample with the same
-            noise. The rule is an estimate, stated in `piadm.solver`. Windows with a fixed number of rounds ignore it.
+            noise. The rule is an estimate, stated in `piadm.stopping`. Windows with a fixed number of rounds ignore it.
         max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$ and `converged` is `False`.
         fill: What unvisited states hold; `Jump` with the denoiser's mean and variance by default.
 
@@ -255,7 +257,9 @@ class Parallel(_Sampler):
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         network = _Network(self.denoiser, event, len(x), condition)
-        solver = Solver(self.table, source, self.propagator, self.window, self.fill, self.tolerance, Gaussian(self.denoiser.variance))
+        solver = Solver(
+            self.table, source, self.propagator, self.window, self.fill, self.tolerance, Gaussian(self.denoiser.variance)
+        )
         state, residuals, windows = solver.init(x), [], []
         with progress_bar(len(self.table), progress) as show:
             while not state.done and state.rounds != self.max_rounds:
@@ -265,6 +269,7 @@ class Parallel(_Sampler):
                     error.x = error.x.reshape(len(x), *event)
                     raise
                 residual = state.residual.nan_to_num(-1.0).amax(1)
+                residual = residual.masked_fill(residual < 0, torch.nan)
                 residuals.append(residual)
                 windows.append(state.window)
                 show(int(state.start.min()), state.rounds, residual)

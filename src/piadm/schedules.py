@@ -46,7 +46,7 @@ class Schedule(ABC):
 
     def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Time derivatives $(\dot α_t, \dot σ_t)$."""
-        raise ValueError(f"{type(self).__name__} has no time derivative: use DDIM, which is exact in σ/α, in place of Euler")
+        raise ValueError(f"`schedule` is {self!r}, which has no time derivative: use DDIM in place of Euler")
 
     def start_scale(self, t: Tensor) -> float:
         """Standard deviation of the starting noise at time `t` (1 where $α^2 + σ^2 = 1$)."""
@@ -131,7 +131,8 @@ class DiscreteBetas(Schedule):
         t = t.double()
         low = t.floor().long().clamp(0, max(len(table) - 2, 0))
         high = (low + 1).clamp(max=len(table) - 1)
-        return torch.lerp(table[low], table[high], t - low)
+        # not `lerp`: next to a last step without signal its λ of -∞ would make NaN of the finite one too
+        return torch.where(t > low, table[low] + (t - low) * (table[high] - table[low]), table[low])
 
     def alpha(self, t: Tensor) -> Tensor:
         if t.is_floating_point():
@@ -144,7 +145,7 @@ class DiscreteBetas(Schedule):
         return (1 - self._alpha_bar.to(t.device)[t + 1]).sqrt()
 
     def time(self, log_snr: Tensor) -> Tensor:
-        table = self._log_snr.flip(0).to(log_snr.device)
+        table = self._log_snr[self._log_snr.isfinite()].flip(0).to(log_snr.device)
         slack = 1e-9
         low, high = float(table[0]) - slack, float(table[-1]) + slack
         if len(table) < 2 or float(log_snr.min()) < low or float(log_snr.max()) > high:
@@ -165,9 +166,11 @@ class DiscreteBetas(Schedule):
         if spacing == "leading":
             times = (torch.arange(steps) * (n // steps)).flip(0)
         elif spacing == "trailing":
-            times = torch.arange(n, 0, -n / steps, dtype=torch.float64)[:steps].round().long() - 1
+            stride = (n - n / steps) - n  # ties are rounded as numpy's arange makes them
+            times = (n + torch.arange(steps, dtype=torch.float64) * stride).round().long() - 1
         elif spacing == "linspace":
-            times = torch.linspace(0, n - 1, steps, dtype=torch.float64).round().long().flip(0)
+            stride = (n - 1) / max(steps - 1, 1)  # ties as numpy's linspace makes them, which torch's does not
+            times = (torch.arange(steps, dtype=torch.float64) * stride).round().long().flip(0)
         else:
             raise ValueError(f"`timestep_spacing` is {spacing!r}: give 'leading', 'trailing' or 'linspace'")
         return torch.cat([times, times.new_tensor([-1])])

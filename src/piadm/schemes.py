@@ -13,7 +13,7 @@ from torch import Tensor
 
 from piadm.errors import require, require_count
 from piadm.schedules import Schedule
-from piadm.tables import Table, diagonal_table
+from piadm.tables import Table
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -29,11 +29,18 @@ def _levels(schedule: Schedule, grid: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     return alpha[:-1], sigma[:-1], alpha[1:], sigma[1:]
 
 
+def _table(schedule: Schedule, grid: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Table:
+    """One component, from coefficients of shape `(M,)` on a grid of `M + 1` times."""
+    alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
+    scale = schedule.start_scale(grid[0])
+    return Table(a[:, None, None], b[:, None], c[:, None, None], grid[:-1], alpha, sigma, scale)
+
+
 def _ancestral(schedule: Schedule, grid: Tensor, std: Tensor) -> Table:
     r"""$x' = α' f + \sqrt{σ'^2 - s^2}\, ε + s\, ξ$ for a given noise level $s$."""
     a0, s0, a1, s1 = _levels(schedule, grid)
     keep = (s1**2 - std**2).clamp(min=0).sqrt() / s0
-    return diagonal_table(a0, s0, keep, a1 - keep * a0, std, grid[:-1], schedule.start_scale(grid[0]))
+    return _table(schedule, grid, keep, a1 - keep * a0, std)
 
 
 def _posterior_std(schedule: Schedule, grid: Tensor) -> Tensor:
@@ -85,7 +92,8 @@ class DDIM:
 
     def __post_init__(self) -> None:
         require_count("steps", self.steps, "DDIM(steps=50)")
-        require(0 <= self.eta <= 1, "eta", self.eta, "give a number from 0 (deterministic) to 1 (DDPM)")
+        number = isinstance(self.eta, int | float)
+        require(number and 0 <= self.eta <= 1, "eta", self.eta, "give a number from 0 (deterministic) to 1 (DDPM)")
 
     def __call__(self, schedule: Schedule) -> Table:
         grid = schedule.grid(self.steps, self.timestep_spacing)
@@ -114,4 +122,4 @@ class Euler:
         width = grid[1:] - grid[:-1]
         a = 1 + width * d_sigma / sigma
         b = width * (d_alpha - d_sigma * alpha / sigma)
-        return diagonal_table(alpha, sigma, a, b, torch.zeros_like(a), grid[:-1], schedule.start_scale(grid[0]))
+        return _table(schedule, grid, a, b, torch.zeros_like(a))

@@ -9,13 +9,8 @@ state. Whoever drives it (a sampler, a pipeline, a distributed run, a notebook c
 
 A round evaluates $f$ at all states of the window, forms $Φ_m(x_m)$, and carries the defects forward with the propagator's $J$.
 
-*Error and stopping.* Let $e_m$ be the distance of $x_m$ from the sequential sample after the sweep. To first order
-$e_{m+1} = J^*_m e_m + (J_m - J^*_m) d_m$ with $J^*$ the true Jacobian along the change $d_m$. How wrong $J_m$ is, the last
-two evaluations tell: $ρ_m = ‖ΔΦ_m - J_m Δx_m‖ / ‖Δx_m‖$ ($‖J_m - A_m‖$ before there are two). So the recursion
-$E_{m+1} = ‖J_m‖ E_m + ρ_m ‖d_m‖$ estimates the error, in rms per coordinate. A sliding window accepts the steps up to the
-last one before $E$ exceeds its allowance, $τ$ times the share of the run that would then be finished; the estimate at the
-accepted state is carried along, so that errors of successive windows add up. The first step is always accepted: its state is
-exact relative to the ones before it, so a run of $M$ steps ends within $M$ rounds whatever the network does.
+A sliding window accepts the steps that `piadm.stopping` finds finished, and always the first one: its state is exact relative
+to the ones before it, so a run of $M$ steps ends within $M$ rounds whatever the network does.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import Noise
 from piadm.propagators import Gaussian, Pair, Propagator
-from piadm.stopping import SAFETY, misfit, sensitivity
+from piadm.stopping import SAFETY, misfit, rms, sensitivity
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
@@ -57,8 +52,8 @@ class State:
         seen: Per lane, whether `x_seen` and `f_seen` hold an earlier evaluation, shape `(W, S)`.
         x_seen: The states last evaluated, shape `(W, k, S, D)`.
         f_seen: What the network said of them, shape `(W, S, D)`.
-        error: Estimated rms distance of the finished state from the sequential one, shape `(S,)`.
-        residual: rms of the last round's defects, shape `(W, S)`, NaN outside a sample's window; for the round's record.
+        error: What the accepted steps are estimated to cost the final sample, in rms per coordinate, shape `(S,)`.
+        residual: rms of the last round's defects by step of `window`, NaN outside a sample's own, shape `(stop - start, S)`.
         window: The `(start, stop)` over all samples which that round iterated.
         rounds: Rounds so far.
         evaluations: Network rows so far, per sample, shape `(S,)`.
@@ -97,6 +92,7 @@ class Solver:
         window: Which steps are iterated.
         fill: What unvisited states are filled with.
         tolerance: $τ$, in rms per coordinate; windows with a fixed number of rounds ignore it.
+        model: The Gaussian model of the data, for the stopping rule.
     """
 
     table: Table
@@ -121,7 +117,7 @@ class Solver:
 
     @cached_property
     def _weights(self) -> Tensor:
-        return sensitivity(self.table, self.model).to(self.noise.device, self.noise.dtype)
+        return sensitivity(self.table, self.model.variance).to(self.noise.device, self.noise.dtype)
 
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
@@ -183,30 +179,30 @@ class Solver:
 
         rows = self._rows_at(state.start, count)
         phi = rows.step(x[:-1], f, state.noise)
-        residual = _rms(phi - x[1:]).masked_fill(~inside, torch.nan)
+        low, high = int(state.start.min()), int(state.stop.max())
+        # by step, not by lane: samples slide apart; what lies outside a sample's window goes to a row that is cut off
+        residual = x.new_full((high - low + 1, samples), torch.nan)
+        residual.scatter_(0, torch.where(valid, steps - low, high - low).to(device), rms(phi - x[1:]))
+        residual = residual[:-1]
         pair = None
         if state.rounds > 0:
             pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
         jacobian = self.propagator.jacobian(rows, pair)
         new = sweep(phi, jacobian, x)
-        step = x[:-1] - state.x_seen if pair is not None else x[:-1]
-        wrong = misfit(rows, jacobian, self.model, pair, step)
-        change = _rms(new[:-1] - x[:-1])
-        weight = self._weights[steps.to(device)].movedim(-1, 1)  # (W, k, S)
-        cost = ((weight * wrong).sum(1) * change).masked_fill(~inside, 0.0).cumsum(0)
-        error = state.error + cost
+        step = x[:-1] if pair is None else x[:-1] - state.x_seen
+        cost = self._weights[steps.to(device)] * misfit(rows, jacobian, self.model, pair, step) * rms(new[:-1] - x[:-1])
+        error = torch.hypot(state.error, SAFETY * cost.masked_fill(~inside, 0.0).cumsum(0))
         share = (steps + 1).to(error) / len(self.table)
-        over = (error * SAFETY > self.tolerance * share) | ~inside
+        over = (error > self.tolerance * share.sqrt()) | ~inside
         over[0] = False
         accepted = torch.cumprod((~over).long(), 0).sum(0).cpu()
-        record = (int(state.start.min()), int(state.stop.max()))
         after = replace(
             state,
             seen=inside,
             x_seen=x[:-1],
             f_seen=f,
             residual=residual,
-            window=record,
+            window=(low, high),
             rounds=state.rounds + 1,
             evaluations=state.evaluations + valid.sum(0),
             newest=_pick(f, (state.stop - state.start - 1)[None])[0],
@@ -289,13 +285,3 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
         return values.index_select(0, index[:, 0].to(values.device))
     shape = (len(index), *[1] * (values.ndim - 3), index.shape[1], 1)
     return values.gather(0, index.to(values.device).reshape(shape).expand(-1, *values.shape[1:]))
-
-
-def _rms(values: Tensor) -> Tensor:
-    """Root mean square over components and coordinates of `(W, k, S, D)`, shape `(W, S)`."""
-    return values.square().mean((1, 3)).sqrt()
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    """Largest row sum of $k×k$ matrices `(W, k, k, S|1, D|1)`, over coordinates too, shape `(W, S|1)`."""
-    return matrix.abs().sum(2).amax((1, 3))

@@ -26,13 +26,17 @@ def mix(matrix: Tensor, vector: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Some rows of a table, cast and shaped to act on states `(W, k, S, D)`: the arithmetic of one step."""
+    r"""Some rows of a table, cast and shaped to act on states `(W, k, S, D)`: the arithmetic of one step.
+
+    `alpha` and `sigma` belong to the states evaluated; `growth` is the ratio of $\sqrt{α^2 + σ^2}$ after the step and before.
+    """
 
     A: Tensor
     B: Tensor
     C: Tensor | None
     alpha: Tensor
     sigma: Tensor
+    growth: Tensor
 
     def step(self, x: Tensor, f: Tensor, noise: Tensor | None) -> Tensor:
         """$Φ_m(x_m)$ for states `(W, k, S, D)`, denoiser outputs `(W, S, D)` and noise like the states."""
@@ -55,7 +59,7 @@ class Rows:
             return picked.movedim(1, -1).unsqueeze(-1)
 
         C = None if self.C is None else pick(self.C)
-        return Rows(pick(self.A), pick(self.B), C, pick(self.alpha), pick(self.sigma))
+        return Rows(pick(self.A), pick(self.B), C, pick(self.alpha), pick(self.sigma), pick(self.growth))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +71,8 @@ class Table:
         B: $B_m$, shape `(M, k)`.
         C: $C_m$, shape `(M, k, k)`.
         times: The network's time at each step, shape `(M,)`, float64 or int64.
-        alpha: $α$ of the state each step evaluates, shape `(M,)`.
-        sigma: $σ$ of the state each step evaluates, shape `(M,)`.
+        alpha: $α$ of every state, the final one last, shape `(M + 1,)`.
+        sigma: $σ$ of every state, likewise.
         scale: Standard deviation of the starting noise.
         blocks: Where blocks begin, and `M` at the end.
     """
@@ -86,7 +90,7 @@ class Table:
         steps = len(self.times)
         require(steps >= 1, "times", steps, "a table needs at least one step")
         k = self.A.shape[-1]
-        shapes = {"A": (steps, k, k), "B": (steps, k), "C": (steps, k, k), "alpha": (steps,), "sigma": (steps,)}
+        shapes = {"A": (steps, k, k), "B": (steps, k), "C": (steps, k, k), "alpha": (steps + 1,), "sigma": (steps + 1,)}
         for name, shape in shapes.items():
             value = getattr(self, name)
             require(tuple(value.shape) == shape, name, tuple(value.shape), f"expected shape {shape}")
@@ -112,10 +116,7 @@ class Table:
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> Rows:
         """All rows on a device and in a dtype, to be cut by `Rows.take`."""
-        A, B, C, alpha, sigma = (v.to(device, dtype) for v in (self.A, self.B, self.C, self.alpha, self.sigma))
-        return Rows(A, B, C if self.stochastic else None, alpha, sigma)
-
-
-def diagonal_table(alpha: Tensor, sigma: Tensor, a: Tensor, b: Tensor, c: Tensor, times: Tensor, scale: float = 1.0) -> Table:
-    """A one-component table from vectors of shape `(M,)`."""
-    return Table(a[:, None, None], b[:, None], c[:, None, None], times, alpha, sigma, scale)
+        scale = (self.alpha**2 + self.sigma**2).sqrt()
+        values = self.A, self.B, self.C, self.alpha[:-1], self.sigma[:-1], scale[1:] / scale[:-1]
+        A, B, C, alpha, sigma, growth = (value.to(device, dtype) for value in values)
+        return Rows(A, B, C if self.stochastic else None, alpha, sigma, growth)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from piadm.denoiser import require_moments
 from piadm.errors import require
 from piadm.schedules import OrnsteinUhlenbeck, Schedule
 
@@ -39,6 +40,11 @@ class _Target:
         return self.schedule.alpha(t).reshape(-1, 1), self.schedule.sigma(t).reshape(-1, 1) ** 2
 
 
+def _require_schedule(schedule: Schedule | None) -> None:
+    if not isinstance(schedule, Schedule | None):
+        raise TypeError(f"`schedule` is a {type(schedule).__name__}: give one of piadm.schedules, such as OrnsteinUhlenbeck()")
+
+
 class Gaussian(_Target):
     r"""Data $N(μ, \mathrm{diag}(v))$: $f(x, t) = μ + \frac{α v}{α^2 v + σ^2} (x - α μ)$.
 
@@ -49,8 +55,8 @@ class Gaussian(_Target):
     """
 
     def __init__(self, mean: float | Tensor = 0.0, variance: float | Tensor = 1.0, schedule: Schedule | None = None) -> None:
-        values = torch.as_tensor(variance)
-        require(bool((values >= 0).all() and values.isfinite().all()), "variance", variance, "must be finite and ≥ 0")
+        require_moments(mean, variance)
+        _require_schedule(schedule)
         self.mean, self.variance, self.schedule = mean, variance, schedule or OrnsteinUhlenbeck()
 
     def __repr__(self) -> str:
@@ -84,7 +90,11 @@ class GaussianMixture(_Target):
         weights: Tensor | None = None,
         schedule: Schedule | None = None,
     ) -> None:
+        if not isinstance(means, Tensor):
+            raise TypeError(f"`means` is a {type(means).__name__}: give a tensor of shape (components, *event)")
         require(means.ndim >= 1 and len(means) >= 1, "means", tuple(means.shape), "give shape (components, *event)")
+        require(bool(means.isfinite().all()), "means", means, "must be finite")
+        _require_schedule(schedule)
         n = len(means)
         self.means = means.detach().double().reshape(n, -1)
         v = torch.as_tensor(variance, dtype=torch.float64, device=means.device)
@@ -93,7 +103,7 @@ class GaussianMixture(_Target):
         require(bool((v >= 0).all() and v.isfinite().all()), "variance", variance, "must be finite and ≥ 0")
         self.variances = v.expand(n)[:, None] if v.ndim < 2 else v.reshape(n, -1)
         w = torch.ones(n, dtype=torch.float64) if weights is None else weights.double()
-        require(w.shape == (n,) and bool((w > 0).all()), "weights", weights, f"give {n} numbers above 0")
+        require(w.shape == (n,) and bool((w > 0).all() and w.isfinite().all()), "weights", weights, f"give {n} numbers above 0")
         self.log_weights = (w / w.sum()).log().to(means.device)
         self.schedule = schedule or OrnsteinUhlenbeck()
         share = self.log_weights.exp()[:, None]

@@ -1,0 +1,1 @@
+"""Benchmarks: piadm beside its peers on the same work."""

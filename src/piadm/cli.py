@@ -1,0 +1,337 @@
+"""The command line: reads arguments, runs a sampler, prints a table. What is written is in `piadm.record`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table as Grid
+from torch import Tensor
+
+from piadm import models
+from piadm.denoiser import DenoiserLike, Guided
+from piadm.errors import NonFiniteError, require, require_count
+from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
+from piadm.pictures import is_image
+from piadm.record import Run, distance, write_finished, write_run
+from piadm.samplers import PIADMODE, PIADMSDE, Parallel, Result, Sequential
+from piadm.schemes import DDIM, DDPM, Euler, Scheme
+
+NO_CLASS = len(models.LABELS)
+"""What stands for "no class" in the embedded models; the classes are the numbers below it."""
+
+ITERATIONS = 24
+"""Brings 1000 steps of piadm-sde on `digits` within 1e-3 rms of the sequential samples (16: 8e-2; 8: noise)."""
+
+# plain errors keep a message on one line and tracebacks free of every local tensor
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def piadm() -> None:
+    """Diffusion and flow models sampled in parallel across time."""
+
+
+class SamplerName(str, Enum):
+    piadm_sde = "piadm-sde"
+    piadm_ode = "piadm-ode"
+    parallel = "parallel"
+    sequential = "sequential"
+
+
+class SchedulerName(str, Enum):
+    ddpm = "ddpm"
+    ddim = "ddim"
+    euler = "euler"
+
+
+_PAPERS = (SamplerName.piadm_sde, SamplerName.piadm_ode)
+_SERVES = {
+    **dict.fromkeys(("scheduler", "eta"), (SamplerName.parallel, SamplerName.sequential)),
+    **dict.fromkeys(("window", "tolerance"), (SamplerName.parallel,)),
+    **dict.fromkeys(("iterations", "horizon", "block", "early_stop"), _PAPERS),
+    "compare": (*_PAPERS, SamplerName.parallel),
+}
+"""The samplers an option means something to; options not listed serve all."""
+
+
+@app.command()
+def sample(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"An embedded model ({', '.join(models.NAMES)}), or your own as path.py:function. That file is run as Python "
+            "code, the only code this command ever loads; function() returns a piadm.Denoiser with its event_shape."
+        ),
+    ] = "fashion",
+    label: Annotated[
+        str | None,
+        typer.Option(help="Class of the samples, or several that they cycle through: 7 or 0,1,2. All classes by default."),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="How many samples.")] = 16,
+    sampler: Annotated[
+        SamplerName, typer.Option(help="The paper's algorithms; or a scheduler's steps, in parallel or one after the other.")
+    ] = SamplerName.parallel,
+    scheduler: Annotated[
+        SchedulerName, typer.Option(help="Steps of parallel and sequential; euler is for flow models.")
+    ] = SchedulerName.ddpm,
+    eta: Annotated[float, typer.Option(help="Noise of ddim, from 0 (none) to 1 (ddpm).")] = 0.0,
+    num_inference_steps: Annotated[
+        int,
+        typer.Option(
+            help="Network calls of the sequential scheme. piadm-sde and piadm-ode choose their step for at most that many; "
+            "half of piadm-ode's go to its corrector."
+        ),
+    ] = 1000,
+    window: Annotated[int, typer.Option(help="parallel: steps iterated at once; more take fewer rounds, more memory.")] = 32,
+    tolerance: Annotated[float, typer.Option(help="parallel: rms distance from the sequential sample.")] = 1e-2,
+    iterations: Annotated[int, typer.Option(help="piadm-*: rounds of each block.")] = ITERATIONS,
+    horizon: Annotated[float, typer.Option(help="piadm-*: time at which sampling starts.")] = ExponentialSDE.horizon,
+    block: Annotated[float, typer.Option(help="piadm-*: time that a block spans.")] = ExponentialSDE.block,
+    early_stop: Annotated[float, typer.Option(help="piadm-*: time at which sampling ends.")] = ExponentialSDE.early_stop,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance of an embedded model; 1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for samples, pictures and run.json.")] = Path("out"),
+    compare: Annotated[bool, typer.Option("--compare", help="Also run the scheme sequentially, with the same noise.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+) -> None:
+    """Draws samples, prints what they cost, and writes them with pictures and a record of the run."""
+    try:
+        arguments = _arguments(context, sampler, scheduler)
+        require_count("num_samples", num_samples, "16")
+        require_count("num_inference_steps", num_inference_steps, "1000")
+        require(0 <= seed < 2**63, "seed", seed, "give an integer from 0 to 2**63 - 1")
+        denoiser = _load(model, guidance_scale)
+        condition = _condition(label, num_samples, model in models.NAMES, denoiser)
+        chosen: Parallel | Sequential
+        if sampler in _PAPERS:
+            chosen = _published(sampler, denoiser, num_inference_steps, horizon, block, early_stop, iterations)
+        elif sampler is SamplerName.parallel:
+            scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
+            chosen = Parallel(denoiser, scheme, window=window, tolerance=tolerance)
+        else:
+            chosen = Sequential(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta))
+        _prepare(output)
+        title = f"{sampler.value} on {Path(model).name}: {num_samples} samples, {len(chosen.table)} steps"
+        run = Run(arguments, repr(denoiser), repr(chosen.scheme), condition, title)
+        _run(run, chosen, denoiser, num_samples, seed, output, compare, progress)
+    except (ValueError, TypeError) as error:
+        _fail(_in_options(str(error), context) + _place(error, model), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _run(
+    run: Run,
+    sampler: Parallel | Sequential,
+    denoiser: DenoiserLike,
+    samples: int,
+    seed: int,
+    folder: Path,
+    compare: bool,
+    progress: bool,
+) -> None:
+    def draw(one: Parallel | Sequential) -> Result:
+        generator = torch.Generator(denoiser.device or "cpu").manual_seed(seed)
+        shape = (samples, *(denoiser.event_shape or ()))
+        return one(shape, generator=generator, progress=progress, **run.condition)
+
+    console = Console()
+    sequential = None
+    try:
+        result = draw(sampler)
+        try:
+            if compare:
+                console.print("once more, one step after the other:")
+                sequential = draw(Sequential(denoiser, sampler.scheme))
+        finally:  # whatever becomes of the comparison, the samples are there
+            write_run(folder, run, result, sequential)
+    except NonFiniteError as error:
+        path = write_finished(folder, run, error)
+        _fail(
+            f"the network returned NaN or infinity at step {error.step} in round {error.round} (samples {error.samples}); "
+            f"the states reached before that are in {path}",
+            1,
+        )
+    console.print(_table(run, result, sequential))
+    if not is_image(result.samples.shape[1:]):
+        console.print(f"no samples.png: samples of shape {tuple(result.samples.shape[1:])} are not images (1 or 3, H, W)")
+    if not result.windows:
+        console.print("no convergence.png: a sequential run has no rounds to compare")
+    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
+
+
+def _table(run: Run, result: Result, sequential: Result | None) -> Grid:
+    grid = Grid(f"{Path(run.arguments['model']).name}, {result.steps} steps")
+    grid.add_column(run.arguments["sampler"].value, justify="right")
+    runs = [result]
+    if sequential is not None:
+        grid.add_column("sequential", justify="right")
+        runs.append(sequential)
+    grid.add_row("rounds", *(f"{one.rounds}" for one in runs))
+    grid.add_row("evaluations per sample", *(f"{one.evaluations:.4g}" for one in runs))
+    grid.add_row("wall time", *(f"{one.seconds:.3g} s" for one in runs))
+    if sequential is not None:
+        grid.add_row("time ratio", f"{sequential.seconds / result.seconds:.3g}× as fast", "1")
+        grid.add_row("rms difference (largest)", f"{distance(result, sequential).max():.2g}", "0")
+    return grid
+
+
+def _arguments(context: typer.Context, sampler: SamplerName, scheduler: SchedulerName) -> dict[str, Any]:
+    """The arguments that determine this run; refuses options that would change nothing."""
+    arguments = {name: value for name, value in context.params.items() if name not in ("output", "progress")}
+    idle = {
+        name: f"no use to --sampler {sampler.value}, only to {' or '.join(one.value for one in samplers)}"
+        for name, samplers in _SERVES.items()
+        if sampler not in samplers
+    }
+    if scheduler is not SchedulerName.ddim:
+        idle.setdefault("eta", "no use without --scheduler ddim")
+    for name, remedy in idle.items():
+        source = context.get_parameter_source(name)
+        require(source is None or source.name == "DEFAULT", name, arguments.pop(name), remedy)
+    return arguments
+
+
+def _scheme(scheduler: SchedulerName, denoiser: DenoiserLike, steps: int, eta: float) -> Scheme:
+    match scheduler:
+        case SchedulerName.ddpm:
+            return DDPM(steps)
+        case SchedulerName.ddim:
+            return DDIM(steps, eta)
+        case SchedulerName.euler:
+            scheme = Euler(steps)
+            try:
+                scheme(denoiser.schedule)
+            except ValueError as error:
+                raise ValueError(f"`scheduler` is 'euler': {error}") from error
+            return scheme
+
+
+def _published(
+    name: SamplerName, denoiser: DenoiserLike, steps: int, horizon: float, block: float, early_stop: float, iterations: int
+) -> Parallel:
+    """The paper's samplers with about `steps` steps."""
+    scheme = ExponentialSDE.with_steps(steps, horizon, block, early_stop)
+    if name is SamplerName.piadm_sde:
+        return PIADMSDE(denoiser, horizon=horizon, block=block, step=scheme.step, early_stop=early_stop, iterations=iterations)
+    # predictor and corrector need steps of the same order (theorem 3.5), so each gets half
+    each = max(1, steps // (2 * scheme.count))
+    try:
+        predictor = ExponentialODE.with_steps(steps - each * scheme.count, horizon, block, early_stop)
+    except ValueError as error:
+        remedy = f"too few for a corrector after each of {scheme.count} blocks: give {2 * steps}, or a larger --block"
+        raise ValueError(f"`num_inference_steps` is {steps}: {remedy}") from error
+    # the score at the end has Lipschitz constant L ≈ 1/η; Langevin steps are stable and Picard rounds contract with
+    # friction √L over times 1/√L (there the rounds of Corrector's own defaults diverge)
+    time = early_stop**0.5
+    corrector = Corrector(friction=1 / time, horizon=time, blocks=1, step=time / each, iterations=iterations)
+    return PIADMODE(
+        denoiser,
+        horizon=horizon,
+        block=block,
+        step=predictor.step,
+        early_stop=early_stop,
+        iterations=iterations,
+        corrector=corrector,
+    )
+
+
+def _load(model: str, guidance_scale: float) -> DenoiserLike:
+    if model not in models.NAMES:
+        alone = guidance_scale == 1
+        require(alone, "guidance_scale", guidance_scale, "is for embedded models: return piadm.Guided(…) from your function")
+        return _own(model)
+    embedded = models.load(model)
+    if guidance_scale == 1:
+        return embedded
+    return Guided(embedded, guidance_scale, {"label": torch.tensor([NO_CLASS])})
+
+
+def _own(model: str) -> DenoiserLike:
+    """What the function of `path.py:function` returns."""
+    file, _, function = model.rpartition(":")
+    known = ", ".join(models.NAMES)
+    require(file.endswith(".py"), "model", model, f"the embedded models are {known}; give your own as path.py:function")
+    path = Path(file).resolve()
+    require(path.is_file(), "model", model, f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location("piadm_user_model", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"`model` is {model!r}: Python cannot load {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look their module up
+    sys.path.insert(0, str(path.parent))  # as for a script: its neighbours can be imported
+    with _blamed(model):
+        spec.loader.exec_module(module)
+    make: Any = getattr(module, function, None)
+    require(callable(make), "model", model, f"{path.name} has no function {function!r}")
+    with _blamed(model):
+        denoiser: DenoiserLike = make()
+    event = getattr(denoiser, "event_shape", None)
+    fits = isinstance(event, tuple) and hasattr(denoiser, "schedule") and callable(denoiser)
+    remedy = "return piadm.Denoiser(network, schedule, prediction, event_shape=(1, 28, 28))"
+    require(fits, "model", model, f"{function}() returned {denoiser!r}, no denoiser with an event_shape: {remedy}")
+    return denoiser
+
+
+@contextmanager
+def _blamed(model: str) -> Iterator[None]:
+    """Whatever the user's code raises while loading, as one line of bad input."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"`model` is {model!r}: {type(error).__name__}: {error}{_place(error, model)}") from error
+
+
+def _condition(label: str | None, samples: int, embedded: bool, denoiser: DenoiserLike) -> dict[str, Tensor]:
+    if label is None and not embedded:
+        return {}
+    words = [str(n) for n in range(NO_CLASS)] if label is None else label.split(",")
+    limit = f"from 0 to {NO_CLASS - 1}" if embedded else "(integers of at least 0)"
+    right = all(re.fullmatch(r"\s*\d{1,18}\s*", word) and (not embedded or int(word) < NO_CLASS) for word in words)
+    require(right, "label", label, f"give classes {limit}, for example 7 or 0,1,2")
+    classes = torch.tensor([int(word) for word in words], device=denoiser.device)
+    return {"label": classes[torch.arange(samples, device=denoiser.device) % len(words)]}
+
+
+def _prepare(output: Path) -> None:
+    """Makes the folder before the run rather than find out after it that one cannot."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"`output` is '{output}': it cannot be a folder ({error.strerror}): give another path") from error
+    require(os.access(output, os.W_OK), "output", str(output), "the folder cannot be written to: give another path")
+
+
+def _place(error: Exception, model: str) -> str:
+    """Where in the user's file an error arose, if it did."""
+    path = str(Path(model.rpartition(":")[0]).resolve())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f" ({Path(path).name}, line {lines[-1]})" if lines else ""
+
+
+def _in_options(message: str, context: typer.Context) -> str:
+    """The library's messages name arguments; here they are options."""
+
+    def option(found: re.Match[str]) -> str:
+        name = "num_inference_steps" if found[1] == "steps" else found[1]
+        return f"--{name.replace('_', '-')}" if name in context.params else found[0]
+
+    return re.sub(r"(?:`|(?<=keyword argument )')(\w+)[`']", option, message)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"piadm sample: {message}", err=True)
+    raise typer.Exit(code)

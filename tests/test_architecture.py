@@ -1,0 +1,99 @@
+"""The house holds: imports run downward, the core needs nothing but torch, and importing piadm imports no extra."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import piadm
+
+ROOT = Path(piadm.__file__).parent
+FLOORS = [
+    {"errors"},
+    {"schedules", "noise", "progress"},
+    {"denoiser", "tables"},
+    {"targets", "executors", "schemes", "exponential", "certificate"},
+    {"propagators", "windows", "sweep"},
+    {"fills", "stopping"},
+    {"solver"},
+    {"samplers"},
+    {"models", "planner", "diffusers", "pictures"},
+    {"record"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+EXTRAS = ("typer", "matplotlib", "diffusers", "sklearn", "scipy", "rich")
+
+
+def files() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """`models/unet.py` belongs to the room `models`."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, everywhere: bool) -> set[str]:
+    """Full names of the modules a file imports; at its top level only, or in its functions too."""
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            # `from piadm import fills` names rooms, `from piadm.fills import Copy` does not
+            names |= {f"piadm.{alias.name}" for alias in node.names} if node.module == "piadm" else {str(node.module)}
+    return names
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in files()} - set(FLOOR) - {"__init__"} == set()
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downward(path):
+    own = room(path)
+    if own not in FLOOR:
+        return
+    used = {name.split(".")[1] for name in imports(path, everywhere=True) if name.startswith("piadm.")}
+    for other in used - {own}:
+        assert FLOOR[other] < FLOOR[own], f"{own} imports {other}, which is not below it"
+
+
+def test_the_solver_knows_neither_network_nor_process_group():
+    for path in [ROOT / f"{name}.py" for name in ("solver", "sweep", "fills", "propagators", "stopping", "windows")]:
+        used = imports(path, everywhere=True)
+        assert not {name for name in used if name.startswith(("piadm.denoiser", "piadm.executors", "torch.distributed"))}, path
+        assert "distributed" not in path.read_text().replace("distributed run", ""), path
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_below_the_models_nothing_but_torch_is_imported(path):
+    if FLOOR.get(room(path), len(FLOORS)) > FLOOR["samplers"]:
+        return
+    outside = {name.split(".")[0] for name in imports(path, everywhere=False)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "piadm"}
+
+
+def test_importing_piadm_imports_no_extra_and_leaves_torch_alone():
+    program = f"""
+import sys, torch
+before = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state().tolist(), torch.is_grad_enabled()
+import piadm
+after = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state().tolist(), torch.is_grad_enabled()
+print(before == after, [name for name in {EXTRAS!r} if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == "True []"
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in piadm.__all__:
+        assert getattr(piadm, name).__doc__, name

@@ -13,14 +13,15 @@ import piadm
 
 ROOT = Path(piadm.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "result"},
     {"schedules", "noise", "progress"},
     {"denoiser", "tables"},
-    {"targets", "executors", "schemes", "exponential", "certificate"},
+    {"inputs", "targets", "executors", "schemes", "exponential", "certificate"},
     {"propagators", "windows", "sweep"},
     {"fills", "stopping"},
     {"solver"},
     {"samplers"},
+    {"published"},
     {"models", "planner", "diffusers", "pictures"},
     {"record"},
     {"cli"},

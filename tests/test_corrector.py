@@ -8,9 +8,9 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 import torch
+from linear import responses
 
 import piadm
-from linear import responses
 from piadm.fills import Copy
 from piadm.propagators import Exponential
 from piadm.windows import Blocks

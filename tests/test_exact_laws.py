@@ -12,9 +12,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from linear import Underdamped, grid, kl, law, responses
 
 import piadm
-from linear import Underdamped, grid, kl, law, responses
 from piadm.fills import Copy
 from piadm.propagators import Exponential
 from piadm.windows import Blocks, Pipelined

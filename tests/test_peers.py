@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from benchmarks.peers import CHORDS, SRDS, ParaDiGMS, ParaSolver, ParaTAA, Picard
 
 import piadm
+from benchmarks.peers import CHORDS, SRDS, ParaDiGMS, ParaSolver, ParaTAA, Picard
 
 DIGITS = piadm.models.load("digits")
 SHAPE, LABEL = (2, 1, 8, 8), torch.tensor([3, 7])

@@ -71,7 +71,7 @@ def test_the_jacobian_of_a_step_is_that_of_autograd_for_a_linear_denoiser(table)
         ({"A": torch.zeros(2, 1, 1)}, r"`A` is \(2, 1, 1\): expected shape \(3, 1, 1\)"),
         ({"B": torch.zeros(3)}, r"`B` is \(3,\): expected shape \(3, 1\)"),
         ({"C": torch.zeros(3, 2, 2)}, r"`C` is \(3, 2, 2\)"),
-        ({"sigma": torch.zeros(4)}, r"`sigma` is \(4,\)"),
+        ({"sigma": torch.zeros(3)}, r"`sigma` is \(3,\)"),
         ({"B": torch.full((3, 1), torch.nan)}, r"`B` is tensor\(\[\[nan\].*must be finite"),
         ({"A": torch.full((3, 1, 1), torch.inf)}, "`A` is .*must be finite"),
         ({"times": torch.zeros(0)}, "`times` is 0: a table needs at least one step"),

@@ -11,7 +11,9 @@ from piadm.denoiser import Denoiser, Guided
 from piadm.errors import NonFiniteError
 from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
-from piadm.samplers import PIADMODE, PIADMSDE, Parallel, Result, Sequential
+from piadm.published import PIADMODE, PIADMSDE
+from piadm.result import Result
+from piadm.samplers import Parallel, Sequential
 from piadm.schemes import DDIM, DDPM, Euler
 from piadm.solver import Solver, State
 from piadm.tables import Table

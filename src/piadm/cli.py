@@ -22,17 +22,17 @@ from torch import Tensor
 from piadm import models
 from piadm.denoiser import DenoiserLike, Guided
 from piadm.errors import NonFiniteError, require, require_count
-from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
+from piadm.exponential import ExponentialSDE
 from piadm.pictures import is_image
+from piadm.published import PIADMODE, PIADMSDE
 from piadm.record import Run, distance, write_finished, write_run
-from piadm.samplers import PIADMODE, PIADMSDE, Parallel, Result, Sequential
+from piadm.result import Result
+from piadm.samplers import Parallel, Sequential
 from piadm.schemes import DDIM, DDPM, Euler, Scheme
 
 NO_CLASS = len(models.LABELS)
 """What stands for "no class" in the embedded models; the classes are the numbers below it."""
 
-ITERATIONS = 24
-"""Brings 1000 steps of piadm-sde on `digits` within 1e-3 rms of the sequential samples (16: 8e-2; 8: noise)."""
 
 # plain errors keep a message on one line and tracebacks free of every local tensor
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
@@ -97,7 +97,7 @@ def sample(
     ] = 1000,
     window: Annotated[int, typer.Option(help="parallel: steps iterated at once; more take fewer rounds, more memory.")] = 32,
     tolerance: Annotated[float, typer.Option(help="parallel: rms distance from the sequential sample.")] = 1e-2,
-    iterations: Annotated[int, typer.Option(help="piadm-*: rounds of each block.")] = ITERATIONS,
+    iterations: Annotated[int, typer.Option(help="piadm-*: rounds of each block.")] = 24,
     horizon: Annotated[float, typer.Option(help="piadm-*: time at which sampling starts.")] = ExponentialSDE.horizon,
     block: Annotated[float, typer.Option(help="piadm-*: time that a block spans.")] = ExponentialSDE.block,
     early_stop: Annotated[float, typer.Option(help="piadm-*: time at which sampling ends.")] = ExponentialSDE.early_stop,
@@ -224,29 +224,8 @@ def _published(
     name: SamplerName, denoiser: DenoiserLike, steps: int, horizon: float, block: float, early_stop: float, iterations: int
 ) -> Parallel:
     """The paper's samplers with about `steps` steps."""
-    scheme = ExponentialSDE.with_steps(steps, horizon, block, early_stop)
-    if name is SamplerName.piadm_sde:
-        return PIADMSDE(denoiser, horizon=horizon, block=block, step=scheme.step, early_stop=early_stop, iterations=iterations)
-    # predictor and corrector need steps of the same order (theorem 3.5), so each gets half
-    each = max(1, steps // (2 * scheme.count))
-    try:
-        predictor = ExponentialODE.with_steps(steps - each * scheme.count, horizon, block, early_stop)
-    except ValueError as error:
-        remedy = f"too few for a corrector after each of {scheme.count} blocks: give {2 * steps}, or a larger --block"
-        raise ValueError(f"`num_inference_steps` is {steps}: {remedy}") from error
-    # the score at the end has Lipschitz constant L ≈ 1/η; Langevin steps are stable and Picard rounds contract with
-    # friction √L over times 1/√L (there the rounds of Corrector's own defaults diverge)
-    time = early_stop**0.5
-    corrector = Corrector(friction=1 / time, horizon=time, blocks=1, step=time / each, iterations=iterations)
-    return PIADMODE(
-        denoiser,
-        horizon=horizon,
-        block=block,
-        step=predictor.step,
-        early_stop=early_stop,
-        iterations=iterations,
-        corrector=corrector,
-    )
+    sampler = PIADMSDE if name is SamplerName.piadm_sde else PIADMODE
+    return sampler.with_steps(denoiser, steps, horizon=horizon, block=block, early_stop=early_stop, iterations=iterations)
 
 
 def _load(model: str, guidance_scale: float) -> DenoiserLike:

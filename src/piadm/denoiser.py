@@ -152,14 +152,20 @@ class Denoiser:
         return p * x + q * out.to(x.dtype)
 
 
+def check_denoiser(denoiser: object) -> None:
+    """Raises `TypeError` if the denoiser is a bare network."""
+    if not all(hasattr(denoiser, name) for name in ("schedule", "check", "mean", "variance", "event_shape")):
+        raise TypeError(
+            f"`denoiser` is a {type(denoiser).__name__}: wrap the network, "
+            "piadm.Denoiser(network, piadm.schedules.DiscreteBetas.linear(1000), 'epsilon')"
+        )
+
+
 class Wrapper:
     """A denoiser made from another: it answers for that one's schedule, data, device and times."""
 
     def __init__(self, denoiser: DenoiserLike) -> None:
-        if not hasattr(denoiser, "schedule"):
-            raise TypeError(
-                f"`denoiser` is a {type(denoiser).__name__}: wrap the network, piadm.Denoiser(network, schedule, 'epsilon')"
-            )
+        check_denoiser(denoiser)
         self.denoiser = denoiser
         self.schedule, self.event_shape = denoiser.schedule, denoiser.event_shape
         self.mean, self.variance = denoiser.mean, denoiser.variance

@@ -75,6 +75,18 @@ class Corrector:
         length = self.horizon / self.blocks
         require(self.step <= length * (1 + 1e-9), "step", self.step, f"exceeds a corrector block's length {length:g}")
 
+    @classmethod
+    def matched(cls, early_stop: float, steps: int = 10, iterations: int = 8) -> Corrector:
+        r"""One block of `steps` steps with $γ = 1/\sqrt{η}$ over $T^† = \sqrt{η}$.
+
+        At time $η$ the score's Lipschitz constant is $L ≈ 1/η$ at most; with friction of order $\sqrt L$ over times of order
+        $1/\sqrt L$ steps are stable and the Picard rounds contract (theorem 3.5). Elsewhere it corrects less than it could.
+        """
+        require_positive("early_stop", early_stop, "Corrector.matched(early_stop=1e-3)")
+        require_count("steps", steps, "Corrector.matched(1e-3, steps=10)")
+        time = math.sqrt(early_stop)
+        return cls(friction=1 / time, horizon=time, step=time / steps, iterations=iterations)
+
     def row(self, t: float, length: float) -> tuple[Tensor, Tensor, Tensor]:
         """$A, B, C$ of one step of the given length at Ornstein-Uhlenbeck time `t`."""
         gamma, x = self.friction, self.friction * length

@@ -104,7 +104,7 @@ class Gaussian:
     def gain(self, rows: Rows) -> Tensor:
         """$L$, shape `(W, S|1, D|1)`."""
         v = torch.as_tensor(self.variance, device=rows.alpha.device, dtype=rows.alpha.dtype).reshape(1, 1, -1)
-        return rows.alpha * v / (rows.alpha**2 * v + rows.sigma**2)
+        return rows.gaussian_gain(v)
 
     def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
         return rows.jacobian(self.gain(rows))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from piadm.errors import NonFiniteError
 from piadm.pictures import draw_convergence, draw_samples, is_image
-from piadm.samplers import Result
+from piadm.result import Result
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,74 +9,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from piadm.denoiser import DenoiserLike, check_condition, spread
-from piadm.errors import NonFiniteError, require, require_count, require_positive
-from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
-from piadm.fills import Copy, Fill, Jump
+from piadm.denoiser import DenoiserLike, check_condition, check_denoiser, spread
+from piadm.errors import NonFiniteError, require_count, require_positive
+from piadm.fills import Fill, Jump
+from piadm.inputs import check_moments, check_noise, read_home, read_shape
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
-from piadm.propagators import Exponential, Gaussian, Propagator, Secant
+from piadm.propagators import Propagator, Secant
+from piadm.result import Result
 from piadm.schemes import Scheme
 from piadm.solver import Request, Solver
-from piadm.windows import Blocks, Sliding, Window
+from piadm.windows import Sliding, Window
 
 Callback = Callable[[int, tuple[int, int], Tensor], None]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Result:
-    """What a sampler returns.
-
-    Attributes:
-        samples: The samples, shape `(S, *event)`.
-        steps: $M$, the sequential scheme's network calls.
-        rounds: Batched network calls, one after the other.
-        evaluations: Network rows (state × time) per sample, averaged over the batch.
-        residuals: For each round the rms defect of every step of its window, the largest over samples, shape `(W,)`; NaN at
-            a step that no sample iterated.
-        windows: For each round its first step and one past its last, over all samples.
-        converged: Whether every step was finished (`False` when `max_rounds` ended the run first).
-        error: Estimated rms distance of each sample from the sequential one, held against `tolerance`; shape `(S,)`, 0 for
-            `Sequential`. See `piadm.stopping`.
-        seconds: Wall time, network included.
-        network_seconds: Of that, time inside the denoiser.
-    """
-
-    samples: Tensor
-    steps: int
-    rounds: int
-    evaluations: float
-    residuals: tuple[Tensor, ...]
-    windows: tuple[tuple[int, int], ...]
-    converged: bool
-    error: Tensor
-    seconds: float
-    network_seconds: float
-
-    def __repr__(self) -> str:
-        return (
-            f"Result(samples={tuple(self.samples.shape)} {self.samples.dtype}, steps={self.steps}, rounds={self.rounds}, "
-            f"evaluations={self.evaluations:.4g} ({self.evaluations / self.steps:.3g} a step), converged={self.converged}, "
-            f"error≈{self.error.max():.1e}, seconds={self.seconds:.3g})"
-        )
 
 
 class _Sampler:
     """What all samplers share: reading the arguments of a call."""
 
+    _policies: tuple[object, ...] = ()
+
     def __init__(self, denoiser: DenoiserLike, scheme: Scheme) -> None:
-        for name in ("schedule", "check", "mean", "variance"):
-            if not hasattr(denoiser, name):
-                raise TypeError(
-                    f"`denoiser` is a {type(denoiser).__name__}: wrap the network, "
-                    "piadm.Denoiser(network, piadm.schedules.DiscreteBetas.linear(1000), 'epsilon')"
-                )
+        check_denoiser(denoiser)
         if isinstance(scheme, type) or not callable(scheme):
             raise TypeError(f"`scheme` is {scheme!r}: give an instance such as piadm.DDPM(steps=1000)")
         self.denoiser, self.scheme = denoiser, scheme
@@ -87,33 +46,13 @@ class _Sampler:
         self, shape: Sequence[int], generator: GeneratorLike, noise: Tensor | None, condition: dict[str, Any]
     ) -> tuple[tuple[int, ...], Noise, Tensor]:
         """The event's shape, the driving noise, and starting states `(S, D)`."""
-        shape = tuple(shape)
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape)
-        require(whole and len(shape) >= 1, "shape", shape, "give (batch, *event), all at least 1, for example (16, 1, 28, 28)")
-        event = self.denoiser.event_shape
-        fits = event is None or shape[1:] == event
-        require(
-            fits,
-            "shape",
-            shape,
-            f"this denoiser's samples have shape {event}: give (batch, {', '.join(map(str, event or ()))})",
-        )
+        shape = read_shape(shape, self.denoiser.event_shape)
         check_condition(condition, shape[0])
-        first = generator if isinstance(generator, torch.Generator) else generator[0] if generator else None
-        home = self.denoiser.device or (noise.device if noise is not None else first.device if first else torch.device("cpu"))
-        dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
+        for owner in (self.denoiser, *self._policies):
+            check_moments(owner, shape[1:])
+        home, dtype = read_home(self.denoiser, generator, noise)
         if noise is not None:
-            require(tuple(noise.shape) == shape, "noise", tuple(noise.shape), f"must have the samples' shape {shape}")
-            require(noise.is_floating_point(), "noise", noise.dtype, "must be a floating tensor")
-            require(bool(noise.isfinite().all()), "noise", noise, "has NaN or infinite entries")
-            require(noise.device == home, "noise", noise.device, f"must live with the network on {home}")
-            dtype = torch.promote_types(dtype, noise.dtype)
-        for name in ("mean", "variance"):
-            value = getattr(self.denoiser, name)
-            fits = not isinstance(value, Tensor) or value.numel() == 1 or value.shape == shape[1:]
-            require(
-                fits, name, getattr(value, "shape", value), f"the denoiser's {name} must be a number or of shape {shape[1:]}"
-            )
+            check_noise(noise, shape, home)
         size = math.prod(shape[1:])
         source = Noise(generator, shape[0], size, self.table.components, home, dtype)
         x = source.start() if noise is None else noise.to(dtype).reshape(shape[0], size)
@@ -231,6 +170,7 @@ class Parallel(_Sampler):
                 raise TypeError(f"`{name}` is {policy!r}: give an instance with a method `{method}`, see piadm.{name}s")
         self.propagator.check(self.table)
         self.window.check(self.table)
+        self._policies = (self.propagator, self.fill)
 
     @torch.no_grad()
     def __call__(
@@ -257,9 +197,7 @@ class Parallel(_Sampler):
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         network = _Network(self.denoiser, event, len(x), condition)
-        solver = Solver(
-            self.table, source, self.propagator, self.window, self.fill, self.tolerance, Gaussian(self.denoiser.variance)
-        )
+        solver = Solver(self.table, source, self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance)
         state, residuals, windows = solver.init(x), [], []
         with progress_bar(len(self.table), progress) as show:
             while not state.done and state.rounds != self.max_rounds:
@@ -287,71 +225,3 @@ class Parallel(_Sampler):
             seconds=time.perf_counter() - started,
             network_seconds=network.seconds,
         )
-
-
-class PIADMSDE(Parallel):
-    r"""PIADM-SDE exactly as published: blocks of $O(1)$ time, $K$ Picard rounds each, exponential integrator.
-
-    It is `Parallel` with the scheme `ExponentialSDE`, the propagator `Exponential`, the window `Blocks(iterations)` and the
-    fill `Copy` (every state of a block starts at the block's first).
-
-    Arguments:
-        denoiser: The denoiser.
-        horizon: $T$.
-        block: $h$.
-        step: $ε$.
-        early_stop: $η$.
-        iterations: $K$.
-
-    Reference: arXiv 2405.15986, algorithm 1.
-    """
-
-    def __init__(
-        self,
-        denoiser: DenoiserLike,
-        *,
-        horizon: float = 10.0,
-        block: float = 1.0,
-        step: float = 0.05,
-        early_stop: float = 1e-3,
-        iterations: int = 8,
-    ) -> None:
-        require_count("iterations", iterations, "iterations=8")
-        scheme = ExponentialSDE(horizon, block, step, early_stop)
-        super().__init__(denoiser, scheme, propagator=Exponential(), window=Blocks(iterations), fill=Copy())
-
-
-class PIADMODE(Parallel):
-    r"""PIADM-ODE as published: after each block of the probability-flow ODE, parallel underdamped Langevin dynamics.
-
-    Predictor and corrector are blocks of one table (`ExponentialODE`), which the same solver runs.
-
-    Arguments:
-        denoiser: The denoiser.
-        horizon: $T$.
-        block: $h$.
-        step: $ε$.
-        early_stop: $η$.
-        iterations: $K$, the predictor's rounds a block.
-        corrector: Its friction, horizon, blocks, step and rounds.
-
-    Reference: arXiv 2405.15986, algorithm 2.
-    """
-
-    def __init__(
-        self,
-        denoiser: DenoiserLike,
-        *,
-        horizon: float = 10.0,
-        block: float = 1.0,
-        step: float = 0.05,
-        early_stop: float = 1e-3,
-        iterations: int = 8,
-        corrector: Corrector | None = None,
-    ) -> None:
-        require_count("iterations", iterations, "iterations=8")
-        corrector = corrector or Corrector()
-        scheme = ExponentialODE(horizon, block, step, early_stop, corrector)
-        per_block = [iterations] + [corrector.iterations] * corrector.blocks
-        window = Blocks(per_block * scheme.count)
-        super().__init__(denoiser, scheme, propagator=Exponential(), window=window, fill=Copy())

@@ -24,8 +24,8 @@ from torch import Tensor
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import Noise
-from piadm.propagators import Gaussian, Pair, Propagator
-from piadm.stopping import SAFETY, misfit, rms, sensitivity
+from piadm.propagators import Pair, Propagator
+from piadm.stopping import SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
@@ -53,6 +53,7 @@ class State:
         x_seen: The states last evaluated, shape `(W, k, S, D)`.
         f_seen: What the network said of them, shape `(W, S, D)`.
         error: What the accepted steps are estimated to cost the final sample, in rms per coordinate, shape `(S,)`.
+        variance: The data's along the last changes, for the stopping rule, shape `(S,)`.
         residual: rms of the last round's defects by step of `window`, NaN outside a sample's own, shape `(stop - start, S)`.
         window: The `(start, stop)` over all samples which that round iterated.
         rounds: Rounds so far.
@@ -69,6 +70,7 @@ class State:
     x_seen: Tensor
     f_seen: Tensor
     error: Tensor
+    variance: Tensor
     residual: Tensor
     window: tuple[int, int]
     rounds: int
@@ -92,7 +94,7 @@ class Solver:
         window: Which steps are iterated.
         fill: What unvisited states are filled with.
         tolerance: $τ$, in rms per coordinate; windows with a fixed number of rounds ignore it.
-        model: The Gaussian model of the data, for the stopping rule.
+        variance: The data's per coordinate, a number or of one sample's size, for the stopping rule.
     """
 
     table: Table
@@ -101,7 +103,7 @@ class Solver:
     window: Window
     fill: Fill
     tolerance: float
-    model: Gaussian
+    variance: float | Tensor
 
     def __post_init__(self) -> None:
         self.propagator.check(self.table)
@@ -117,7 +119,7 @@ class Solver:
 
     @cached_property
     def _weights(self) -> Tensor:
-        return sensitivity(self.table, self.model.variance).to(self.noise.device, self.noise.dtype)
+        return sensitivity(self.table, self.variance).to(self.noise.device, self.noise.dtype)
 
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
@@ -133,6 +135,7 @@ class Solver:
             x_seen=first[:0],
             f_seen=first[:0, 0],
             error=x.new_zeros(samples),
+            variance=x.new_full((samples,), total_variance(self.variance, x.shape[1])),
             residual=x.new_zeros(0, samples),
             window=(0, 0),
             rounds=0,
@@ -189,8 +192,9 @@ class Solver:
             pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
         jacobian = self.propagator.jacobian(rows, pair)
         new = sweep(phi, jacobian, x)
+        variance = state.variance if pair is None else apparent_variance(rows, pair, state.variance)
         step = x[:-1] if pair is None else x[:-1] - state.x_seen
-        cost = self._weights[steps.to(device)] * misfit(rows, jacobian, self.model, pair, step) * rms(new[:-1] - x[:-1])
+        cost = self._weights[steps.to(device)] * misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
         error = torch.hypot(state.error, SAFETY * cost.masked_fill(~inside, 0.0).cumsum(0))
         share = (steps + 1).to(error) / len(self.table)
         over = (error > self.tolerance * share.sqrt()) | ~inside
@@ -201,6 +205,7 @@ class Solver:
             seen=inside,
             x_seen=x[:-1],
             f_seen=f,
+            variance=variance,
             residual=residual,
             window=(low, high),
             rounds=state.rounds + 1,

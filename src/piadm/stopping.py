@@ -5,12 +5,16 @@ $d_m$ that the round made. The next round would show it; the last two evaluation
 
 $$ ‖δ_m‖ ≈ ρ_m ‖d_m‖, \qquad ρ_m = ‖ΔΦ_m - J_m Δx_m‖ / ‖Δx_m‖ , $$
 
-and a step evaluated once takes $ρ_m = ‖J_m - G_m‖ + ‖G_m - A_m‖$, which holds the Gaussian model $G$ of the step to be wrong
-by as much as the network contributes. A defect is carried to the final sample in proportion to the spread of the states,
+and a step evaluated once takes $ρ_m = ‖J_m - G_m‖ + ‖G_m - A_m‖$, which holds a Gaussian model $G$ of the step to be wrong
+by as much as the network contributes. Its variance is the one that explains $‖Δf‖ / ‖Δx‖$ at the last step evaluated twice:
+the changes lie where the data varies most, so it is far above the mean variance of correlated data such as images. Before
+there is such a step it is the greatest possible, the trace of the data's covariance.
+
+A defect is carried to the final sample in proportion to the spread of the states,
 $w_m = \sqrt{α_M^2 v + σ_M^2} / \sqrt{α_{m+1}^2 v + σ_{m+1}^2}$, as the probability flow of Gaussian data carries it. (Ancestral
-sampling forgets more; taking credit for that broke promises where the data has several modes.) The
-defects of one round add up, those of different rounds are independent and add in quadrature: with $E$ the estimate for what
-was accepted before, the steps up to $m$ are accepted while
+sampling forgets more; taking credit for that broke promises where the data has several modes.) The defects of one round add
+up, those of different rounds are independent and add in quadrature: with $E$ the estimate for what was accepted before, the
+steps up to $m$ are accepted while
 
 $$ E^2 + \Big( \text{SAFETY} \sum_{j \le m} w_j ρ_j ‖d_j‖ \Big)^2 \le τ^2 \frac{m + 1}{M}. $$
 
@@ -23,10 +27,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from piadm.propagators import Gaussian, Pair
+from piadm.propagators import Pair
 from piadm.tables import Rows, Table, mix
 
-SAFETY = 16.0
+SAFETY = 8.0
 """The 99th percentile of true final error over estimate, for trained networks."""
 
 
@@ -37,12 +41,43 @@ def sensitivity(table: Table, variance: float | Tensor) -> Tensor:
     return (spread[-1] / spread).mean(1).sqrt()
 
 
-def misfit(rows: Rows, jacobian: Tensor, model: Gaussian, pair: Pair | None, step: Tensor) -> Tensor:
+def total_variance(variance: float | Tensor, size: int) -> float:
+    """The trace of the covariance of data with `size` coordinates, given the variance of each or of all."""
+    return float(torch.as_tensor(variance, dtype=torch.float64).mean()) * size
+
+
+def apparent_variance(rows: Rows, pair: Pair, otherwise: Tensor) -> Tensor:
+    r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ at each sample's last step evaluated twice, shape `(S,)`.
+
+    Samples that have no such step keep the value they had.
+    """
+    length = pair.dx.square().sum(-1).sqrt()
+    seen = pair.seen & (length > 0)
+    number = torch.arange(1, len(seen) + 1, device=seen.device)[:, None]
+    last = (seen * number).argmax(0, keepdim=True)
+
+    def at_last(values: Tensor) -> Tensor:
+        return values.expand(seen.shape).gather(0, last)[0]
+
+    alpha, sigma = at_last(rows.alpha[..., 0]), at_last(rows.sigma[..., 0])
+    gain = at_last(pair.df.square().sum(-1).sqrt()) / torch.where(seen.any(0), at_last(length), 1.0)
+    # a gain of 1/α or more is that of a boundless variance
+    variance = gain * sigma**2 / (alpha * (1 - alpha * gain).clamp(min=1e-3))
+    known = seen.any(0) & variance.isfinite() & (variance > 0)
+    return torch.where(known, variance, otherwise)
+
+
+def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, step: Tensor) -> Tensor:
     r"""$ρ_m$: the error of $J_m$ for each unit of change, shape `(W, S)`.
 
-    `step` is the change $Δx_m$ between the last two evaluated states, shape `(W, k, S, D)`.
+    Arguments:
+        rows: The window's rows.
+        jacobian: $J_m$, shape `(W, k, k, S|1, D|1)`.
+        variance: That of the Gaussian model, per sample, shape `(S,)`.
+        pair: The last two evaluations.
+        step: The change $Δx_m$ between them, shape `(W, k, S, D)`.
     """
-    gaussian = model.jacobian(rows, None)
+    gaussian = rows.jacobian(rows.gaussian_gain(variance[None, :, None]))
     unseen = (_norm(jacobian - gaussian) + _norm(gaussian - rows.A)).expand(len(step), step.shape[2])
     if pair is None:
         return unseen

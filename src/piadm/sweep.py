@@ -50,7 +50,8 @@ def scan(jacobian: Tensor, defect: Tensor) -> Tensor:
         # change[m] holds the last `stride` defects up to m; carry[m] the product that leads from m's past to m + stride
         change = torch.cat([change[:stride], change[stride:] + mix(carry, change[:-stride])])
         if 2 * stride < count:
-            carry = _compose(carry[stride:], carry[:-stride])
+            # a product that overflows must stay finite: it may meet a change of zero
+            carry = _compose(carry[stride:], carry[:-stride]).nan_to_num()
         stride *= 2
     return change
 

@@ -51,6 +51,10 @@ class Rows:
         rest = torch.zeros_like(column).expand(-1, -1, self.A.shape[1] - 1, -1, -1)
         return self.A + torch.cat([column, rest], dim=2)
 
+    def gaussian_gain(self, variance: Tensor) -> Tensor:
+        r"""$L = α v / (α^2 v + σ^2)$, $∂f/∂x$ for data $N(μ, v)$, of the shape of `variance`, `(1, S|1, D|1)`, and `W` rows."""
+        return self.alpha * variance / (self.alpha**2 * variance + self.sigma**2)
+
     def take(self, index: Tensor) -> Rows:
         """Rows of a whole cast table at steps `(W, S|1)`."""
 

@@ -1,0 +1,45 @@
+"""What a sampler returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """What a sampler returns.
+
+    Attributes:
+        samples: The samples, shape `(S, *event)`.
+        steps: $M$, the sequential scheme's network calls.
+        rounds: Batched network calls, one after the other.
+        evaluations: Network rows (state × time) per sample, averaged over the batch.
+        residuals: For each round the rms defect of every step of its window, the largest over samples, shape `(W,)`; NaN at
+            a step that no sample iterated.
+        windows: For each round its first step and one past its last, over all samples.
+        converged: Whether every step was finished (`False` when `max_rounds` ended the run first).
+        error: Estimated rms distance of each sample from the sequential one, held against `tolerance`; shape `(S,)`, 0 for
+            `Sequential`. See `piadm.stopping`.
+        seconds: Wall time, network included.
+        network_seconds: Of that, time inside the denoiser.
+    """
+
+    samples: Tensor
+    steps: int
+    rounds: int
+    evaluations: float
+    residuals: tuple[Tensor, ...]
+    windows: tuple[tuple[int, int], ...]
+    converged: bool
+    error: Tensor
+    seconds: float
+    network_seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Result(samples={tuple(self.samples.shape)} {self.samples.dtype}, steps={self.steps}, rounds={self.rounds}, "
+            f"evaluations={self.evaluations:.4g} ({self.evaluations / self.steps:.3g} a step), converged={self.converged}, "
+            f"error≈{self.error.max():.1e}, seconds={self.seconds:.3g})"
+        )

@@ -85,8 +85,8 @@ CONSTRUCTION = {
     "too few steps": (lambda: piadm.ExponentialSDE.with_steps(3), "`steps` is 3: .*need at least 10"),
     "horizon beyond betas": (lambda: piadm.PIADMSDE(denoiser(), horizon=20.0), "outside this schedule's.*`horizon` inside"),
     "early stop beyond betas": (lambda: piadm.PIADMSDE(denoiser(), early_stop=1e-6), "outside this schedule's.*`early_stop`"),
-    "iterations 0": (lambda: piadm.PIADMSDE(denoiser(PAPER), iterations=0), "`iterations` is 0: .*iterations=8"),
-    "ODE iterations 0": (lambda: piadm.PIADMODE(denoiser(PAPER), iterations=0), "`iterations` is 0: .*iterations=8"),
+    "iterations 0": (lambda: piadm.PIADMSDE(denoiser(PAPER), iterations=0), "`iterations` is 0: .*iterations=24"),
+    "ODE iterations 0": (lambda: piadm.PIADMODE(denoiser(PAPER), iterations=0), "`iterations` is 0: .*iterations=24"),
     "corrector friction": (lambda: piadm.Corrector(friction=0.0), r"`friction` is 0.0: .*Corrector\(friction=0.5\)"),
     "corrector step": (lambda: piadm.Corrector(blocks=4, step=0.5), "`step` is 0.5: exceeds a corrector block's length 0.25"),
     "corrector blocks": (lambda: piadm.Corrector(blocks=0), r"`blocks` is 0: .*Corrector\(blocks=2\)"),
@@ -111,6 +111,7 @@ CONSTRUCTION = {
     "window 2.5": (lambda: parallel(window=2.5), "`window` is 2.5: give an instance"),
     "window class": (lambda: parallel(window=windows.Blocks), "`window` is <class .*give an instance"),
     "Blocks 0": (lambda: windows.Blocks(0), "`iterations` is 0: .*iterations=8"),
+    "Blocks fractional": (lambda: windows.Blocks(1.5), "`iterations` is 1.5: .*iterations=8"),
     "Pipelined 0": (lambda: windows.Pipelined(0), "`iterations` is 0: .*iterations=8"),
     "Blocks of another scheme": (
         lambda: parallel(piadm.ExponentialSDE(), PAPER, window=windows.Blocks([1, 2])),
@@ -204,6 +205,10 @@ def test_bad_parts_are_refused_when_they_are_put_together(do, message):
 CALL = {
     "shape empty": ((), {}, r"`shape` is \(\): give \(batch, \*event\)"),
     "shape 0": ((0, 3), {}, r"`shape` is \(0, 3\): .*all at least 1"),
+    "shape a number": (4, {}, r"`shape` is 4: give \(batch, \*event\)"),
+    "generator a seed": ((2, 3), {"generator": 0}, r"`generator` is 0: give torch.Generator\(\).manual_seed"),
+    "generators seeds": ((2, 3), {"generator": [1, 2]}, r"`generator` is \[1, 2\]: give torch.Generator"),
+    "noise of numpy": ((2, 3), {"noise": np.zeros((2, 3))}, "`noise` is a ndarray: give a tensor"),
     "shape negative": ((2, -1), {}, r"`shape` is \(2, -1\): .*all at least 1"),
     "shape fractional": ((2.0, 3), {}, r"`shape` is \(2.0, 3\): give \(batch, \*event\)"),
     "generators too many": (
@@ -248,11 +253,14 @@ def test_bad_calls_are_refused_before_the_network_runs(kind, shape, keywords, me
 FITS = {
     "event shape": (
         lambda: denoiser(event_shape=(1, 8, 8)),
-        r"`shape` is \(2, 3\): .*have shape \(1, 8, 8\): give \(batch, 1, 8, 8\)",
+        r"`shape` is \(2, 3\): .*have shape \(1, 8, 8\): give \(2, 1, 8, 8\)",
     ),
     "mixture's event": (lambda: targets.Empirical(torch.zeros(2, 4)), r"`shape` is \(2, 3\): .*have shape \(4,\)"),
-    "mean": (lambda: denoiser(mean=torch.zeros(5)), r"`mean` is .*5.*: .*a number or of shape \(3,\)"),
-    "variance": (lambda: targets.Gaussian(0.0, torch.ones(5)), r"`variance` is .*5.*: .*a number or of shape \(3,\)"),
+    "mean": (
+        lambda: denoiser(mean=torch.zeros(5)),
+        r"`mean` is \(5,\): a Denoiser's mean must be a number or of .* shape \(3,\)",
+    ),
+    "variance": (lambda: targets.Gaussian(0.0, torch.ones(5)), r"`variance` is \(5,\): a Gaussian's variance .* shape \(3,\)"),
 }
 
 
@@ -260,6 +268,21 @@ FITS = {
 def test_a_denoiser_of_other_samples_is_refused_before_it_runs(one, message):
     with pytest.raises(ValueError, match=message):
         sequential(one())((2, 3))
+    assert CALLS == []
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"propagator": piadm.propagators.Gaussian(torch.ones(5))},
+        {"propagator": piadm.propagators.Secant(torch.ones(5))},
+        {"fill": piadm.fills.Jump(0.0, torch.ones(5))},
+    ],
+    ids=["Gaussian", "Secant", "Jump"],
+)
+def test_a_policy_made_for_other_samples_is_refused_before_the_network_runs(policy):
+    with pytest.raises(ValueError, match=r"`variance` is \(5,\): a (Gaussian|Secant|Jump)'s variance must be .*\(3,\)"):
+        piadm.Parallel(denoiser(), piadm.DDPM(10), **policy)((2, 3))
     assert CALLS == []
 
 

@@ -82,7 +82,7 @@ def test_the_jacobian_of_a_step_is_that_of_autograd_for_a_linear_denoiser(table)
 )
 def test_a_table_that_does_not_fit_together_is_refused(change, message):
     good = {"A": torch.ones(3, 1, 1), "B": torch.ones(3, 1), "C": torch.ones(3, 1, 1)}
-    good |= dict.fromkeys(("times", "alpha", "sigma"), torch.ones(3))
+    good |= {"times": torch.ones(3), "alpha": torch.ones(4), "sigma": torch.ones(4)}
     assert Table(**good).blocks == (0, 3)
     with pytest.raises(ValueError, match=message):
         Table(**good | change)

@@ -134,7 +134,8 @@ class Parallel(_Sampler):
         denoiser: The denoiser.
         scheme: The steps, such as `DDPM(steps=1000)`.
         propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
-        window: How many steps are iterated at once (a `Sliding` window), or a `Window`; all by default.
+        window: How many steps are iterated at once (a `Sliding` window), or a `Window`, or `None` for all. A round evaluates
+            up to batch × window rows in one call; `piadm.MicroBatch` cuts it up.
         tolerance: $τ$, the promised rms distance per coordinate, in data units, from the sequential sample with the same
             noise. The rule is an estimate, stated in `piadm.stopping`. Windows with a fixed number of rounds ignore it.
         max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$ and `converged` is `False`.
@@ -151,7 +152,7 @@ class Parallel(_Sampler):
         scheme: Scheme,
         *,
         propagator: Propagator | None = None,
-        window: int | Window | None = None,
+        window: int | Window | None = 32,
         tolerance: float = 1e-2,
         max_rounds: int | None = None,
         fill: Fill | None = None,

@@ -55,7 +55,7 @@ def _per_block(iterations: int | Sequence[int], table: Table) -> list[int]:
 
 
 def _check_iterations(iterations: int | Sequence[int]) -> None:
-    for one in [iterations] if isinstance(iterations, int) else iterations:
+    for one in iterations if isinstance(iterations, Sequence) else [iterations]:
         require_count("iterations", one, "iterations=8")
 
 

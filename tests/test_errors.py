@@ -66,6 +66,7 @@ CONSTRUCTION = {
     "eta nan": (lambda: piadm.DDIM(10, float("nan")), "`eta` is nan: give a number"),
     "eta text": (lambda: piadm.DDIM(10, "a"), "`eta` is 'a': give a number"),
     "spacing": (lambda: parallel(piadm.DDPM(10, "even")), "`timestep_spacing` is 'even': give 'leading', 'trailing' or"),
+    "spacing of DDIM": (lambda: piadm.DDIM(5, 0.0, "even"), "`timestep_spacing` is 'even': give 'leading', 'trailing' or"),
     "Euler on betas": (lambda: parallel(piadm.Euler(10)), "`schedule` is DiscreteBetas.*use DDIM in place of Euler"),
     "block beyond horizon": (
         lambda: piadm.PIADMSDE(denoiser(PAPER), horizon=1.0, block=2.0),
@@ -108,8 +109,8 @@ CONSTRUCTION = {
     "fill class": (lambda: parallel(fill=fills.Copy), "`fill` is <class .*give an instance"),
     "window 0": (lambda: parallel(window=0), "`window` is 0: .*window=32"),
     "window -3": (lambda: parallel(window=-3), "`window` is -3: .*window=32"),
-    "window 2.5": (lambda: parallel(window=2.5), "`window` is 2.5: give an instance"),
-    "window class": (lambda: parallel(window=windows.Blocks), "`window` is <class .*give an instance"),
+    "window 2.5": (lambda: parallel(window=2.5), "`window` is 2.5: give an integer, None for all steps, or an instance"),
+    "window class": (lambda: parallel(window=windows.Blocks), "`window` is <class .*or an instance with `check` and `advance`"),
     "Blocks 0": (lambda: windows.Blocks(0), "`iterations` is 0: .*iterations=8"),
     "Blocks fractional": (lambda: windows.Blocks(1.5), "`iterations` is 1.5: .*iterations=8"),
     "Pipelined 0": (lambda: windows.Pipelined(0), "`iterations` is 0: .*iterations=8"),

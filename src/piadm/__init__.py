@@ -3,11 +3,11 @@
 A denoiser (a network with its schedule), a scheme (the steps) and a sampler:
 
     denoiser = piadm.Denoiser(network, piadm.schedules.DiscreteBetas.linear(1000), "epsilon")
-    result = piadm.Parallel(denoiser, piadm.DDPM(steps=1000), window=128)((16, 1, 28, 28), label=labels)
+    result = piadm.Parallel(denoiser, piadm.DDPM(steps=1000), window=64)((16, 1, 28, 28), label=labels)
 """
 
 from piadm import fills, models, propagators, schedules, targets, windows
-from piadm.denoiser import Denoiser, Guided
+from piadm.denoiser import Denoiser, DenoiserLike, Guided, Wrapper
 from piadm.errors import NonFiniteError
 from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
@@ -25,6 +25,7 @@ __all__ = [
     "PIADMSDE",
     "Corrector",
     "Denoiser",
+    "DenoiserLike",
     "Euler",
     "ExponentialODE",
     "ExponentialSDE",
@@ -37,6 +38,7 @@ __all__ = [
     "Solver",
     "State",
     "Table",
+    "Wrapper",
     "fills",
     "models",
     "propagators",

@@ -29,9 +29,10 @@ Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "sc
 class DenoiserLike(Protocol):
     r"""What samplers need: $f(x, t)$ with its schedule, and what is known of the data.
 
-    `mean` and `variance` (number or tensor broadcastable to one sample) describe the data to the Gaussian propagator: they
-    change how fast a run converges, never what it converges to. `event_shape` is the shape of one sample (`None`: any).
-    `dtype` is the least precise dtype that states may have, `device` where they live (`None`: anywhere).
+    `mean` and `variance` (number or tensor broadcastable to one sample) describe the data to the Gaussian propagator and
+    the stopping rule: they change how fast a run converges and when it is held to have, never what it converges to.
+    `event_shape` is the shape of one sample (`None`: any). `dtype` is the least precise dtype that states may have,
+    `device` where they live (`None`: anywhere).
     """
 
     schedule: Schedule
@@ -61,8 +62,8 @@ class Denoiser:
             tensor, a tuple whose first entry is one, or an object with `.sample` as diffusers' models do.
         schedule: The noise schedule it was trained with.
         prediction: What it predicts, in diffusers' words (table above).
-        mean: Mean of the data (a guess costs rounds, not correctness).
-        variance: Variance of the data per coordinate, likewise.
+        mean: Mean of the data (a guess costs rounds).
+        variance: Variance of the data per coordinate (a bad guess costs rounds and misleads the stopping rule).
         event_shape: Shape of one sample, if the network takes only one: samplers then refuse another before they start.
 
     Raises:

@@ -108,14 +108,7 @@ class Corrector:
 
 @dataclass(frozen=True)
 class _Exponential:
-    r"""The paper's grid: $N = ⌈T/h⌉$ equal blocks of steps $ε$; in the last one the step shrinks with the time left.
-
-    Arguments:
-        horizon: $T$, the Ornstein-Uhlenbeck time at which sampling starts.
-        block: $h$, at most; blocks of exactly $T/N$ fill the horizon.
-        step: $ε$.
-        early_stop: $η$, the time at which sampling ends.
-    """
+    r"""The paper's grid: $N = ⌈T/h⌉$ equal blocks of steps $ε$; in the last one the step shrinks with the time left."""
 
     horizon: float = 10.0
     block: float = 1.0
@@ -206,13 +199,16 @@ def _drift_row(t: float, length: float, weight: float, noise: float, components:
 
 @dataclass(frozen=True)
 class ExponentialSDE(_Exponential):
-    __doc__ = (
-        r"""$x' = e^{ε/2} x + 2 (e^{ε/2} - 1) s + \sqrt{e^ε - 1}\, ξ$: the scheme that PIADM-SDE runs in parallel.
+    r"""$x' = e^{ε/2} x + 2 (e^{ε/2} - 1) s + \sqrt{e^ε - 1}\, ξ$: the scheme that PIADM-SDE runs in parallel.
 
+    Arguments:
+        horizon: $T$, the Ornstein-Uhlenbeck time at which sampling starts.
+        block: $h$, at most; blocks of exactly $T/N$ fill the horizon.
+        step: $ε$.
+        early_stop: $η$, the time at which sampling ends.
+
+    Reference: arXiv 2405.15986, algorithm 1.
     """
-        + (_Exponential.__doc__ or "")
-        + "\n    Reference: arXiv 2405.15986, algorithm 1.\n    "
-    )
 
     def __call__(self, schedule: Schedule) -> Table:
         rows, clock, blocks = [], [], [0]
@@ -228,16 +224,17 @@ class ExponentialSDE(_Exponential):
 
 @dataclass(frozen=True)
 class ExponentialODE(_Exponential):
-    __doc__ = (
-        r"""$x' = e^{ε/2} x + (e^{ε/2} - 1) s$, each block followed by a corrector if one is given: what PIADM-ODE runs.
+    r"""$x' = e^{ε/2} x + (e^{ε/2} - 1) s$, each block followed by a corrector if one is given: what PIADM-ODE runs.
 
-    """
-        + (_Exponential.__doc__ or "")
-        + """    corrector: Underdamped Langevin dynamics after every block; `None` for the predictor alone.
+    Arguments:
+        horizon: $T$, the Ornstein-Uhlenbeck time at which sampling starts.
+        block: $h$, at most; blocks of exactly $T/N$ fill the horizon.
+        step: $ε$.
+        early_stop: $η$, the time at which sampling ends.
+        corrector: Underdamped Langevin dynamics after every block; `None` for the predictor alone.
 
     Reference: arXiv 2405.15986, algorithm 2.
     """
-    )
 
     corrector: Corrector | None = None
 

@@ -1,6 +1,6 @@
 r"""The driving noise $ξ_m$ as a function of (seed, m), never of the order of execution.
 
-Every sampler of a scheme draws the same $ξ_m$ for the same seed, whatever its window, blocks, micro-batches, devices or
+Every sampler of a scheme draws the same $ξ_m$ for the same seed, whatever its window, blocks, micro-batches or
 propagator; this is what makes "the same sample as the sequential one" a statement that can be checked.
 """
 
@@ -18,8 +18,9 @@ GeneratorLike = torch.Generator | Sequence[torch.Generator] | None
 class Noise:
     r"""$ξ_m \sim N(0, I)$, shape `(k, S, D)`, and the standard normal start, shape `(S, D)`.
 
-    A seed is drawn from the user's generator once per run, so two runs with one generator differ and two generators
-    with one seed agree. With a list of generators, one per sample, a sample does not depend on its batch.
+    A seed is drawn from the user's generator once per run, so two runs with one generator differ and two generators with
+    one seed agree (for one shape, dtype and kind of device). With a list of generators, one per sample, a sample does not
+    depend on its batch.
 
     Arguments:
         generator: A `torch.Generator`, one per sample, or `None` for torch's default one.

@@ -37,7 +37,7 @@ class Pair:
 
 
 class Propagator(Protocol):
-    """A policy with one method (`check` refuses tables for which the model is undefined)."""
+    """A policy: a model, and a check that refuses tables for which the model is undefined."""
 
     def check(self, table: Table) -> None: ...
 
@@ -89,7 +89,7 @@ class Gaussian:
     r"""$L = α v / (α^2 v + σ^2)$: the exact Jacobian of $f$ were the data $N(μ, \mathrm{diag}(v))$.
 
     Arguments:
-        variance: $v > 0$, a number or a tensor of one sample's shape.
+        variance: $v \ge 0$, a number or a tensor of one sample's shape.
     """
 
     variance: float | Tensor = 1.0

@@ -20,8 +20,8 @@ class Result:
             a step that no sample iterated.
         windows: For each round its first step and one past its last, over all samples.
         converged: Whether every step was finished (`False` when `max_rounds` ended the run first).
-        error: Estimated rms distance of each sample from the sequential one, held against `tolerance`; shape `(S,)`, 0 for
-            `Sequential`. See `piadm.stopping`.
+        error: Estimated rms distance of each sample from the sequential one, held against `tolerance`; shape `(S,)`; 0 for
+            `Sequential`, infinite for a sample that `max_rounds` cut short. See `piadm.stopping`.
         seconds: Wall time, network included.
         network_seconds: Of that, time inside the denoiser.
     """

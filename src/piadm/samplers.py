@@ -165,13 +165,20 @@ class Parallel(_Sampler):
         self.fill: Fill = Jump(denoiser.mean, denoiser.variance) if fill is None else fill
         self.window: Window = Sliding(window) if window is None or isinstance(window, int) else window
         self.tolerance, self.max_rounds = tolerance, max_rounds
-        for name, method in (("propagator", "jacobian"), ("window", "advance"), ("fill", "model")):
+        wanted = {"propagator": ("check", "jacobian"), "window": ("check", "advance"), "fill": ("model",)}
+        for name, methods in wanted.items():
             policy = getattr(self, name)
-            if isinstance(policy, type) or not hasattr(policy, method):
-                raise TypeError(f"`{name}` is {policy!r}: give an instance with a method `{method}`, see piadm.{name}s")
+            if isinstance(policy, type) or not all(hasattr(policy, method) for method in methods):
+                plain = "an integer, None for all steps, or " if name == "window" else ""
+                named = " and ".join(f"`{method}`" for method in methods)
+                raise TypeError(f"`{name}` is {policy!r}: give {plain}an instance with {named}, see piadm.{name}s")
         self.propagator.check(self.table)
         self.window.check(self.table)
         self._policies = (self.propagator, self.fill)
+
+    def __repr__(self) -> str:
+        how = f"propagator={self.propagator}, window={self.window}, tolerance={self.tolerance:g}"
+        return f"{type(self).__name__}({self.denoiser!r}, {self.scheme!r}, {how})"
 
     @torch.no_grad()
     def __call__(
@@ -222,7 +229,8 @@ class Parallel(_Sampler):
             residuals=tuple(residuals),
             windows=tuple(windows),
             converged=state.done,
-            error=state.error,
+            # of a sample cut short nothing is known beyond its accepted steps
+            error=state.error.masked_fill(state.start.to(x.device) < len(self.table), torch.inf),
             seconds=time.perf_counter() - started,
             network_seconds=network.seconds,
         )

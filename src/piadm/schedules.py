@@ -96,7 +96,9 @@ class DiscreteBetas(Schedule):
         ok = self.betas.ndim == 1 and len(self.betas) >= 1
         require(ok, "betas", tuple(self.betas.shape), "give a one-dimensional sequence, for example DiscreteBetas.linear(1000)")
         inside = bool(((self.betas > 0) & (self.betas <= 1)).all() and (self.betas[:-1] < 1).all())
-        require(inside, "betas", betas, "every β must be in (0, 1) so that the signal decreases monotonically")
+        require(
+            inside, "betas", betas, "every β must be in (0, 1), the last at most 1, so that the signal decreases monotonically"
+        )
         self._alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - self.betas).cumprod(0)])
         self._log_snr = 0.5 * (self._alpha_bar[1:].log() - torch.log1p(-self._alpha_bar[1:]))
 

@@ -24,7 +24,7 @@ from piadm.tables import Table
 
 
 class Window(Protocol):
-    """A policy with one method (`check` refuses tables it does not fit)."""
+    """A policy: where the window goes, and a check that refuses tables it does not fit."""
 
     def check(self, table: Table) -> None: ...
 

@@ -1,0 +1,51 @@
+"""The benchmark commands run, and what they write holds together."""
+
+import json
+
+import pytest
+
+from benchmarks import compare, promise
+from piadm.stopping import SAFETY
+
+
+def tables_of(path):
+    tables = json.loads(path.read_text())
+    return tables.pop("about"), tables
+
+
+def test_compare_holds_every_method_to_the_same_final_error(tmp_path):
+    compare.main(["--only", "flow Euler 50, window 8, 1 samples", "--pairs", "1", "--output", str(tmp_path)])
+    about, tables = tables_of(tmp_path / "compare.json")
+    rows = {row["method"]: row for row in tables["Final error at most 0.01"]}
+    assert set(rows) == {"Sequential", "piadm.Parallel", "ParaDiGMS", "ParaTAA", "ParaSolver", "SRDS", "CHORDS"}
+    assert all(row["error"] <= about["target"] == 1e-2 for row in rows.values())
+    assert rows["Sequential"]["rounds"] == 50
+    for name, row in rows.items():
+        assert row["rounds"] <= 50 or name == "SRDS"
+        assert 1 <= row["evaluations a step"] <= row["rounds"] * row["rows"] / 50
+        assert row["time"] > 0
+    assert all(rows[name]["rows"] == 8 for name in ("piadm.Parallel", "ParaDiGMS", "ParaTAA", "ParaSolver"))
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    assert "| piadm.Parallel |" in (tmp_path / "compare.md").read_text()
+
+
+def test_promise_counts_every_sample_and_searches_the_oracle(tmp_path):
+    promise.main(["--only", "flow Euler 50, window 16", "--seeds", "1", "--output", str(tmp_path)])
+    _, tables = tables_of(tmp_path / "promise.json")
+    cases, totals = tables["By case"], {row["over"]: row for row in tables["In total"]}
+    assert [row["τ"] for row in cases] == ["1e-01", "1e-02", "1e-03"]
+    for row in cases:
+        kept, count = map(int, row["kept"].split("/"))
+        assert count == row["samples"] == 8
+        assert (row["error/τ, max"] <= 1) == (kept == count)
+        assert 50 / 16 <= row["rounds"] <= 50
+    assert totals[f"SAFETY {SAFETY:g}"]["samples"] == 24
+    first, default = (float(totals[f"SAFETY {value:g}"]["samples kept"].rstrip("%")) for value in (promise.GRID[0], SAFETY))
+    assert first <= default
+    assert default == pytest.approx(100 * sum(int(row["kept"].split("/")[0]) for row in cases) / 24, abs=0.1)
+
+
+def test_the_search_puts_the_safety_factor_back():
+    with promise.safety(123.0):
+        assert promise.piadm.solver.SAFETY == 123.0
+    assert promise.piadm.solver.SAFETY == SAFETY

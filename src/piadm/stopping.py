@@ -31,7 +31,7 @@ from piadm.propagators import Pair
 from piadm.tables import Rows, Table, mix
 
 SAFETY = 8.0
-"""Kept every promise on `digits` and four of five on `fashion`, the others missed by at most a factor 2.2 (docs/benchmarks.md)."""
+"""Kept every promise on `digits`, four of five on `fashion`, and missed by at most a factor 2.2 (docs/benchmarks.md)."""
 
 
 def sensitivity(table: Table, variance: float | Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from piadm.denoiser import DenoiserLike
 from piadm.errors import require
-from piadm.noise import GeneratorLike
+from piadm.noise import GeneratorLike, read_generators
 
 
 def read_shape(shape: Sequence[int], event: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -25,10 +25,7 @@ def read_shape(shape: Sequence[int], event: tuple[int, ...] | None) -> tuple[int
 
 def read_home(denoiser: DenoiserLike, generator: GeneratorLike, noise: Tensor | None) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the states: the network's, else those of what was given, in float32 at least."""
-    generators = [generator] if generator is None or isinstance(generator, torch.Generator) else generator
-    ok = isinstance(generators, Sequence) and all(one is None or isinstance(one, torch.Generator) for one in generators)
-    if not ok:
-        raise TypeError(f"`generator` is {generator!r}: give torch.Generator().manual_seed(0), or a list of one per sample")
+    generators = read_generators(generator)
     if noise is not None and not isinstance(noise, Tensor):
         raise TypeError(f"`noise` is a {type(noise).__name__}: give a tensor, for example torch.as_tensor(noise)")
     dtype = torch.promote_types(denoiser.dtype, torch.float32)

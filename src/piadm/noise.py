@@ -15,6 +15,14 @@ from torch import Tensor
 GeneratorLike = torch.Generator | Sequence[torch.Generator] | None
 
 
+def read_generators(generator: GeneratorLike) -> list[torch.Generator | None]:
+    """One generator, one per sample or `None`, as a list; raises `TypeError` for anything else."""
+    listed = generator if isinstance(generator, Sequence) else [generator]
+    if not all(isinstance(one, torch.Generator | None) for one in listed):
+        raise TypeError(f"`generator` is {generator!r}: give torch.Generator().manual_seed(0), or a list of one per sample")
+    return list(listed)
+
+
 class Noise:
     r"""$ξ_m \sim N(0, I)$, shape `(k, S, D)`, and the standard normal start, shape `(S, D)`.
 
@@ -32,14 +40,10 @@ class Noise:
     def __init__(
         self, generator: GeneratorLike, samples: int, size: int, components: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        generators = [generator] if generator is None or isinstance(generator, torch.Generator) else list(generator)
+        generators = read_generators(generator)
         if len(generators) not in (1, samples) or (len(generators) == 1 != samples and isinstance(generator, Sequence)):
             raise ValueError(f"`generator` has {len(generators)} generators: give one, or one per sample ({samples})")
         for one in generators:
-            if not isinstance(one, torch.Generator | None):
-                raise TypeError(
-                    f"`generator` holds a {type(one).__name__}: give torch.Generator({device.type!r}).manual_seed(0)"
-                )
             if one is not None and one.device.type != device.type:
                 raise ValueError(
                     f"`generator` lives on {one.device} but the samples on {device}: "

@@ -18,11 +18,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from piadm.errors import require, require_count, require_positive
+
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+def check_spacing(spacing: str) -> None:
+    """Raises `ValueError` for a spacing that is not one of diffusers' `timestep_spacing`."""
+    require(spacing in get_args(Spacing), "timestep_spacing", spacing, "give 'leading', 'trailing' or 'linspace'")
 
 
 class Schedule(ABC):
@@ -165,16 +173,15 @@ class DiscreteBetas(Schedule):
         """`steps` integer times and a final -1, spaced as diffusers' `timestep_spacing` does."""
         n = len(self.betas)
         require(steps <= n, "steps", steps, f"the schedule has {n} steps; ask for at most that many")
+        check_spacing(spacing)
         if spacing == "leading":
             times = (torch.arange(steps) * (n // steps)).flip(0)
         elif spacing == "trailing":
             stride = (n - n / steps) - n  # ties are rounded as numpy's arange makes them
             times = (n + torch.arange(steps, dtype=torch.float64) * stride).round().long() - 1
-        elif spacing == "linspace":
+        else:
             stride = (n - 1) / max(steps - 1, 1)  # ties as numpy's linspace makes them, which torch's does not
             times = (torch.arange(steps, dtype=torch.float64) * stride).round().long().flip(0)
-        else:
-            raise ValueError(f"`timestep_spacing` is {spacing!r}: give 'leading', 'trailing' or 'linspace'")
         return torch.cat([times, times.new_tensor([-1])])
 
 

@@ -6,27 +6,20 @@ A scheme is called with a schedule and returns its `Table`. In all of them $ε =
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from piadm.errors import require, require_count
-from piadm.schedules import Schedule
+from piadm.schedules import Schedule, Spacing, check_spacing
 from piadm.tables import Table
-
-Spacing = Literal["leading", "trailing", "linspace"]
 
 
 class Scheme(Protocol):
     """Anything that turns a schedule into a table."""
 
     def __call__(self, schedule: Schedule) -> Table: ...
-
-
-def _check_spacing(spacing: str) -> None:
-    known = get_args(Spacing)
-    require(spacing in known, "timestep_spacing", spacing, "give 'leading', 'trailing' or 'linspace'")
 
 
 def _levels(schedule: Schedule, grid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,7 +64,7 @@ class DDPM:
 
     def __post_init__(self) -> None:
         require_count("steps", self.steps, "DDPM(steps=1000)")
-        _check_spacing(self.timestep_spacing)
+        check_spacing(self.timestep_spacing)
 
     def __call__(self, schedule: Schedule) -> Table:
         return DDIM(self.steps, 1.0, self.timestep_spacing)(schedule)
@@ -98,7 +91,7 @@ class DDIM:
 
     def __post_init__(self) -> None:
         require_count("steps", self.steps, "DDIM(steps=50)")
-        _check_spacing(self.timestep_spacing)
+        check_spacing(self.timestep_spacing)
         number = isinstance(self.eta, int | float)
         require(number and 0 <= self.eta <= 1, "eta", self.eta, "give a number from 0 (deterministic) to 1 (DDPM)")
 

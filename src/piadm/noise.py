@@ -6,7 +6,7 @@ propagator; this is what makes "the same sample as the sequential one" a stateme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import torch
@@ -57,15 +57,23 @@ class Noise:
         self.device, self.dtype = device, dtype
         self._generator = torch.Generator(device)
 
-    def _normal(self, step: int, components: int) -> Tensor:
+    def _each(self, key: str, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Numbers drawn from every seed and `key`, of shape `(shape[0], S, *shape[1:])`."""
         each = self.samples // len(self.seeds)
         parts = []
         for seed in self.seeds:
-            digest = blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+            digest = blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
             self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            shape = (components, each, self.size)
-            parts.append(torch.randn(shape, generator=self._generator, device=self.device, dtype=self.dtype))
+            whole = (shape[0], each, *shape[1:])
+            parts.append(draw(whole, generator=self._generator, device=self.device, dtype=self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _normal(self, step: int, components: int) -> Tensor:
+        return self._each(f"{step}", torch.randn, (components, self.size))
+
+    def uniform(self, first: int, last: int) -> Tensor:
+        """$u_m$, uniform on [0, 1), for $m$ from `first` up to but excluding `last`, shape `(last - first, S)`."""
+        return torch.cat([self._each(f"{step}:u", torch.rand, (1,)) for step in range(first, last)])
 
     def start(self) -> Tensor:
         """The starting state in units of the scheme's starting standard deviation, shape `(S, D)`."""

@@ -167,26 +167,13 @@ class Solver:
         steps, valid = self._lanes(state)
         count, samples = valid.shape
         device, x = state.x.device, state.x
-        if not bool(torch.isfinite(f.sum())) and not bool(f.isfinite().all()):
-            bad = torch.zeros(count * samples, dtype=torch.bool)
-            bad[valid.flatten()] = ~f.isfinite().all(-1).cpu()
-            bad = bad.reshape(count, samples)
-            failed = bad.any(0).nonzero().flatten().tolist()
-            raise NonFiniteError(int(steps[bad].min()), state.rounds + 1, failed, state.start, state.finished())
-        if len(f) < count * samples:
-            whole = f.new_zeros(count * samples, f.shape[-1])
-            whole[valid.flatten().to(device)] = f
-            f = whole
-        f = f.reshape(count, samples, -1)
+        f = self._whole(state, steps, valid, f)
         inside = valid.to(device)
 
         rows = self._rows_at(state.start, count)
         phi = rows.step(x[:-1], f, state.noise)
         low, high = int(state.start.min()), int(state.stop.max())
-        # by step, not by lane: samples slide apart; what lies outside a sample's window goes to a row that is cut off
-        residual = x.new_full((high - low + 1, samples), torch.nan)
-        residual.scatter_(0, torch.where(valid, steps - low, high - low).to(device), rms(phi - x[1:]))
-        residual = residual[:-1]
+        residual = _by_step(rms(phi - x[1:]), steps, valid, low, high)
         pair = None
         if state.rounds > 0:
             pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
@@ -229,6 +216,21 @@ class Solver:
         count = len(state.x) - 1
         steps = state.start + torch.arange(count)[:, None]
         return steps.clamp(max=len(self.table) - 1), steps < state.stop
+
+    def _whole(self, state: State, steps: Tensor, valid: Tensor, f: Tensor) -> Tensor:
+        """The network's answers as `(W, S, D)`, zero outside a sample's window; raises `NonFiniteError`."""
+        count, samples = valid.shape
+        if not bool(torch.isfinite(f.sum())) and not bool(f.isfinite().all()):
+            bad = torch.zeros(count * samples, dtype=torch.bool)
+            bad[valid.flatten()] = ~f.isfinite().all(-1).cpu()
+            bad = bad.reshape(count, samples)
+            failed = bad.any(0).nonzero().flatten().tolist()
+            raise NonFiniteError(int(steps[bad].min()), state.rounds + 1, failed, state.start, state.finished())
+        if len(f) < count * samples:
+            whole = f.new_zeros(count * samples, f.shape[-1])
+            whole[valid.flatten().to(f.device)] = f
+            f = whole
+        return f.reshape(count, samples, -1)
 
     def _rows_at(self, start: Tensor, count: int) -> Rows:
         shared = start[:1] if bool((start == start[0]).all()) else start
@@ -279,6 +281,14 @@ class Solver:
         blank[0] = x[first]
         x[first:] = sweep(phi, jacobian, blank)
         return moved
+
+
+def _by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) -> Tensor:
+    """Values by lane, `(W, S)`, as values by step from `low` to `high`, NaN outside a sample's window."""
+    out = values.new_full((high - low + 1, values.shape[1]), torch.nan)
+    # samples slide apart; what lies outside a sample's window goes to a row that is cut off
+    out.scatter_(0, torch.where(valid, steps - low, high - low).to(values.device), values)
+    return out[:-1]
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,171 @@
+r"""Rounds that are exact in law: a solver whose samples follow the sequential scheme's law, whatever the drafts.
+
+A window holds for every step a *draft mean* $\tilde μ_m$ and the draft $x_{m+1} = \tilde μ_m + C_m ξ_m$. A round evaluates $f$ at
+the drafts, which gives the means they ought to have had, $μ_m = A_m x_m + B_m f(x_m)$, and then scans from the first unfinished
+step, whose state $x_m$ is final. With $e_m = C_m^{-1} (\tilde μ_m - μ_m)$:
+
+- while the $‖e‖$ of this scan add up to `threshold` at most, draw $u_m$ and keep $x_{m+1}$ if
+  $\log u_m \le -⟨ξ_m, e_m⟩ - ‖e_m‖^2/2$; otherwise reflect, $x_{m+1} = μ_m + C_m (ξ_m - 2 ⟨e_m, ξ_m⟩ e_m / ‖e_m‖^2)$, and stop;
+- once they add up to more, or $C_m$ has no inverse, recompute, $x_{m+1} = μ_m + C_m ξ_m$, and stop.
+
+Either way the step at which the scan stopped is finished too, so a round finishes at least one. Its state moved, so what the
+network said of later ones is about other states: they are refined as in `piadm.solver`, the change carried on by $J$, and
+tested in a later round.
+
+*Why it is exact.* Let $F_m$ be everything drawn for steps before $m$: their $ξ$ and $u$. In every round $\tilde μ_m$ and $J_m$ are
+functions of $F_m$ (causality), and so are $μ_m$, $e_m$ and the choice between testing and recomputing, for the scan reaches $m$
+in order. The pair $(ξ_m, u_m)$ is independent of $F_m$ and serves once, since a step that was reached is finished. So given $F_m$
+the test is the reflection maximal coupling of $N(\tilde μ_m, C_m C_m^⊤)$ and $N(μ_m, C_m C_m^⊤)$, whose second marginal is
+$x_{m+1} \sim N(μ_m, C_m C_m^⊤)$: the sequential scheme's step.
+
+A test rejects with probability $2 Φ(‖e‖/2) - 1 < 0.4 ‖e‖$, so a scan that may add up to $θ$ ends in a rejection with probability
+at most $0.4\, θ$.
+
+*In floating point* $\tilde μ_m$ is kept beside the draft, so the choice to test is independent of $ξ_m$ to the last bit. What
+remains is rounding, as in the sequential sampler: states are off by units in the last place, and $u$ has 24 or 53 bits.
+
+References: reflection maximal coupling: Jacob, O'Leary, Atchadé, 2020 (arXiv 1708.03625), section 4; tests of drafts for
+diffusion: De Bortoli et al., 2025 (arXiv 2501.05370); drafts from Picard iteration: ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from piadm.errors import require
+from piadm.propagators import Pair
+from piadm.solver import Solver, State, _by_step, _pick
+from piadm.stopping import rms
+from piadm.sweep import sweep
+from piadm.tables import mix
+
+
+@dataclass(frozen=True, eq=False)
+class Speculation(State):
+    r"""Everything between two rounds.
+
+    Attributes:
+        mean: $\tilde μ_m$ of the window's steps, shape `(W, k, S, D)`; `x[1:]` is `mean` plus $C_m ξ_m$.
+        accepted: Tests that kept the draft, per sample, shape `(S,)`, on the CPU.
+        rejected: Tests that reflected it, likewise.
+    """
+
+    mean: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculativeSolver(Solver):
+    """`Solver` with tests in place of a stopping rule; `tolerance` and `variance` are not used.
+
+    Arguments:
+        threshold: Most that the $‖e‖$ of one scan's tests may add up to.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.table.stochastic, "scheme", "deterministic", "has no noise, so no law to be exact in: use Parallel")
+        every = torch.arange(len(self.table) + 1)
+        start, _ = self.window.advance(self.table, len(self.table), every)
+        follows = bool((start == every).all())
+        require(follows, "window", self.window, "must begin at the first unfinished step: use a number of steps, or Sliding")
+
+    @cached_property
+    def _inverse(self) -> tuple[Tensor, Tensor]:
+        """$C_m^{-1}$, shape `(M, k, k)`, and whether there is one, shape `(M,)`."""
+        C = self.table.C
+        regular = torch.linalg.matrix_rank(C) == self.table.components
+        inverse = torch.zeros_like(C)
+        inverse[regular] = torch.linalg.inv(C[regular])
+        return inverse.to(self.noise.device, self.noise.dtype), regular.to(self.noise.device)
+
+    @cached_property
+    def _log_uniform(self) -> Tensor:
+        """log $u_m$, shape `(M, S)`."""
+        return self.noise.uniform(0, len(self.table)).log()
+
+    def init(self, x: Tensor) -> Speculation:
+        state = super().init(x)
+        zero = torch.zeros_like(state.start)
+        none = state.x.new_zeros(0, *state.x.shape[1:])
+        empty = Speculation(**vars(state), mean=none, accepted=zero, rejected=zero)
+        return self._draft(empty, none, zero, zero)
+
+    def update(self, state: State, f: Tensor) -> Speculation:
+        """The state after a round, given the network's answers to `request`, shape `(R, D)`.
+
+        Raises:
+            NonFiniteError: if an answer is NaN or infinite.
+        """
+        if not isinstance(state, Speculation) or state.noise is None:
+            raise TypeError(f"`state` is a {type(state).__name__}: give one that this solver's `init` made")
+        steps, valid = self._lanes(state)
+        f = self._whole(state, steps, valid, f)
+        x, xi, inside = state.x, state.noise, valid.to(f.device)
+        rows = self._rows_at(state.start, len(valid))
+        mean = rows.step(x[:-1], f, None)
+        low, high = int(state.start.min()), int(state.stop.max())
+        residual = _by_step(rms(mean - state.mean), steps, valid, low, high)
+
+        tested, passed, reflected = self._test(state, steps.to(f.device), mean)
+        kept = (tested & passed & inside).long().cumprod(0).bool()
+        lane = torch.arange(len(valid), device=f.device)[:, None]
+        stop = (lane == kept.sum(0)) & inside  # the last lane of each sample's scan, unless it kept all
+        rejected = stop & tested
+
+        pair = None
+        if state.rounds > 0:
+            pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
+        # the sweep runs on means, whose noise is the same before and after, but for the reflected one
+        mean = torch.where(rejected[:, None, :, None], mean + mix(rows.C, reflected - xi), mean)
+        mean = torch.where(kept[:, None, :, None], state.mean, mean)
+        jacobian = self.propagator.jacobian(rows, pair)
+        jacobian = torch.where((kept | stop)[:, None, None, :, None], 0.0, jacobian)
+        mean = sweep(mean, jacobian, torch.cat([x[:1], state.mean]))[1:]
+        new = torch.cat([x[:1], mean + mix(rows.C, xi)])
+
+        after = replace(
+            state,
+            seen=inside,
+            x_seen=x[:-1],
+            f_seen=f,
+            residual=residual,
+            window=(low, high),
+            rounds=state.rounds + 1,
+            evaluations=state.evaluations + valid.sum(0),
+            newest=_pick(f, (state.stop - state.start - 1)[None])[0],
+            accepted=state.accepted + kept.sum(0).cpu(),
+            rejected=state.rejected + rejected.sum(0).cpu(),
+        )
+        ready = state.start + (kept | stop).sum(0).cpu()
+        moved = self._advance(after, ready, new, state.error.expand(len(new), -1))
+        return self._draft(moved, mean, moved.start - state.start, state.stop - moved.start)
+
+    def _test(self, state: Speculation, steps: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether each step would be tested and would pass, `(W, S)`, and its noise reflected, `(W, k, S, D)`."""
+        xi = state.noise
+        inverse, regular = (values[steps] for values in self._inverse)
+        e = mix(inverse.movedim(1, -1).unsqueeze(-1), state.mean - mean)
+        square = e.square().sum((1, 3))
+        along = (xi * e).sum((1, 3))
+        tested = regular & (square.sqrt().cumsum(0) <= self.threshold)
+        passed = self._log_uniform.gather(0, steps) <= -along - square / 2
+        factor = 2 * along / torch.where(square > 0, square, 1.0)
+        return tested, passed, xi - factor[:, None, :, None] * e
+
+    def _draft(self, state: Speculation, mean: Tensor, shift: Tensor, known: Tensor) -> Speculation:
+        """Gives a window that moved by `shift` its draft means: those of the `known` first lanes, and the fill's beyond."""
+        lane = torch.arange(len(state.x) - 1)[:, None]
+        rows = self._rows_at(state.start, len(lane))
+        jacobian, offset = self.fill.model(rows, None, state.newest)
+        entered = mix(jacobian, state.x[:-1]) + offset
+        stays = (lane < known).to(entered.device)[:, None, :, None]
+        mean = torch.where(stays, _pick(mean, lane + shift), entered)
+        return replace(state, mean=mean)

@@ -9,6 +9,7 @@ A denoiser (a network with its schedule), a scheme (the steps) and a sampler:
 from piadm import fills, models, propagators, schedules, targets, windows
 from piadm.denoiser import Denoiser, DenoiserLike, Guided, Wrapper
 from piadm.errors import NonFiniteError
+from piadm.exact import Exact
 from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
 from piadm.published import PIADMODE, PIADMSDE
@@ -27,6 +28,7 @@ __all__ = [
     "Denoiser",
     "DenoiserLike",
     "Euler",
+    "Exact",
     "ExponentialODE",
     "ExponentialSDE",
     "Guided",

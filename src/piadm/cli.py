@@ -22,6 +22,7 @@ from torch import Tensor
 from piadm import models
 from piadm.denoiser import DenoiserLike, Guided
 from piadm.errors import NonFiniteError, require, require_count
+from piadm.exact import Exact
 from piadm.exponential import ExponentialSDE
 from piadm.pictures import is_image
 from piadm.published import PIADMODE, PIADMSDE
@@ -47,6 +48,7 @@ class SamplerName(str, Enum):
     piadm_sde = "piadm-sde"
     piadm_ode = "piadm-ode"
     parallel = "parallel"
+    exact = "exact"
     sequential = "sequential"
 
 
@@ -58,8 +60,9 @@ class SchedulerName(str, Enum):
 
 _PAPERS = (SamplerName.piadm_sde, SamplerName.piadm_ode)
 _SERVES = {
-    **dict.fromkeys(("scheduler", "eta"), (SamplerName.parallel, SamplerName.sequential)),
-    **dict.fromkeys(("window", "tolerance"), (SamplerName.parallel,)),
+    **dict.fromkeys(("scheduler", "eta"), (SamplerName.parallel, SamplerName.exact, SamplerName.sequential)),
+    "window": (SamplerName.parallel, SamplerName.exact),
+    "tolerance": (SamplerName.parallel,),
     **dict.fromkeys(("iterations", "horizon", "block", "early_stop"), _PAPERS),
     "compare": (*_PAPERS, SamplerName.parallel),
 }
@@ -82,10 +85,14 @@ def sample(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="How many samples.")] = 16,
     sampler: Annotated[
-        SamplerName, typer.Option(help="The paper's algorithms; or a scheduler's steps, in parallel or one after the other.")
+        SamplerName,
+        typer.Option(
+            help="The paper's algorithms; or a scheduler's steps: in parallel, in parallel with exactly the scheduler's law "
+            "(exact), or one after the other."
+        ),
     ] = SamplerName.parallel,
     scheduler: Annotated[
-        SchedulerName, typer.Option(help="Steps of parallel and sequential; euler is for flow models.")
+        SchedulerName, typer.Option(help="Steps of parallel, exact and sequential; euler is for flow models.")
     ] = SchedulerName.ddpm,
     eta: Annotated[float, typer.Option(help="Noise of ddim, from 0 (none) to 1 (ddpm).")] = 0.0,
     num_inference_steps: Annotated[
@@ -95,7 +102,9 @@ def sample(
             "half of piadm-ode's go to its corrector."
         ),
     ] = 1000,
-    window: Annotated[int, typer.Option(help="parallel: steps iterated at once; more take fewer rounds, more memory.")] = 32,
+    window: Annotated[
+        int, typer.Option(help="parallel, exact: steps iterated at once; more take fewer rounds, more memory.")
+    ] = 32,
     tolerance: Annotated[float, typer.Option(help="parallel: rms distance from the sequential sample.")] = 1e-2,
     iterations: Annotated[int, typer.Option(help="piadm-*: rounds of each block.")] = 24,
     horizon: Annotated[float, typer.Option(help="piadm-*: time at which sampling starts.")] = ExponentialSDE.horizon,
@@ -121,6 +130,8 @@ def sample(
         elif sampler is SamplerName.parallel:
             scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
             chosen = Parallel(denoiser, scheme, window=window, tolerance=tolerance)
+        elif sampler is SamplerName.exact:
+            chosen = Exact(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta), window=window)
         else:
             chosen = Sequential(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta))
         _prepare(output)
@@ -182,6 +193,9 @@ def _table(run: Run, result: Result, sequential: Result | None) -> Grid:
         runs.append(sequential)
     grid.add_row("rounds", *(f"{one.rounds}" for one in runs))
     grid.add_row("evaluations per sample", *(f"{one.evaluations:.4g}" for one in runs))
+    if result.acceptance is not None:
+        grid.add_row("tests accepted per sample", f"{result.acceptance.accepted.double().mean():.4g}")
+        grid.add_row("rejected", f"{result.acceptance.rejected.double().mean():.4g}")
     grid.add_row("wall time", *(f"{one.seconds:.3g} s" for one in runs))
     if sequential is not None:
         grid.add_row("time ratio", f"{sequential.seconds / result.seconds:.3g}× as fast", "1")

@@ -99,6 +99,7 @@ def _json(run: Run, result: Result, sequential: Result | None) -> str:
             **_figures(result),
             "converged": result.converged,
             "error": _rounded(result.error.tolist()),
+            "acceptance": _acceptance(result),
         },
         "sequential": None,
     }
@@ -115,6 +116,11 @@ def _json(run: Run, result: Result, sequential: Result | None) -> str:
     # a line for each round: indented, every residual would take one
     body = json.dumps(record, indent=2, allow_nan=False).removesuffix("\n}")
     return body + ',\n  "rounds": [\n    ' + ",\n    ".join(rounds) + "\n  ]\n}\n"
+
+
+def _acceptance(result: Result) -> dict[str, list[int]] | None:
+    counts = result.acceptance
+    return None if counts is None else {name: value.tolist() for name, value in vars(counts).items()}
 
 
 def _figures(result: Result) -> dict[str, Any]:

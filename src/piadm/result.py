@@ -7,6 +7,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Acceptance:
+    """How `Exact` finished each sample's steps; per sample, shape `(S,)`, int64, on the CPU. They add up to the steps.
+
+    Attributes:
+        accepted: Tests that kept the draft.
+        rejected: Tests that moved it.
+        recomputed: Steps taken from their true mean without a test.
+    """
+
+    accepted: Tensor
+    rejected: Tensor
+    recomputed: Tensor
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """What a sampler returns.
@@ -21,9 +36,10 @@ class Result:
         windows: For each round its first step and one past its last, over all samples.
         converged: Whether every step was finished (`False` when `max_rounds` ended the run first).
         error: Estimated rms distance of each sample from the sequential one, held against `tolerance`; shape `(S,)`; 0 for
-            `Sequential`, infinite for a sample that `max_rounds` cut short. See `piadm.stopping`.
+            `Sequential` and `Exact`, infinite for a sample that `max_rounds` cut short. See `piadm.stopping`.
         seconds: Wall time, network included.
         network_seconds: Of that, time inside the denoiser.
+        acceptance: Of `Exact`, what became of its tests.
     """
 
     samples: Tensor
@@ -36,6 +52,7 @@ class Result:
     error: Tensor
     seconds: float
     network_seconds: float
+    acceptance: Acceptance | None = None
 
     def __repr__(self) -> str:
         return (

@@ -205,7 +205,7 @@ class Parallel(_Sampler):
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         network = _Network(self.denoiser, event, len(x), condition)
-        solver = Solver(self.table, source, self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance)
+        solver = self._solver(source)
         state, residuals, windows = solver.init(x), [], []
         with progress_bar(len(self.table), progress) as show:
             while not state.done and state.rounds != self.max_rounds:
@@ -233,4 +233,8 @@ class Parallel(_Sampler):
             error=state.error.masked_fill(state.start.to(x.device) < len(self.table), torch.inf),
             seconds=time.perf_counter() - started,
             network_seconds=network.seconds,
+            acceptance=solver.acceptance(state),
         )
+
+    def _solver(self, noise: Noise) -> Solver:
+        return Solver(self.table, noise, self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import Noise
 from piadm.propagators import Pair, Propagator
+from piadm.result import Acceptance
 from piadm.stopping import SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
@@ -81,6 +83,9 @@ class State:
     def finished(self) -> Tensor:
         """The last finished state of every sample, shape `(S, D)`."""
         return self.x[0, 0]
+
+
+S = TypeVar("S", bound=State)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +170,7 @@ class Solver:
             NonFiniteError: if an answer is NaN or infinite.
         """
         steps, valid = self._lanes(state)
-        count, samples = valid.shape
+        count = len(valid)
         device, x = state.x.device, state.x
         f = self._whole(state, steps, valid, f)
         inside = valid.to(device)
@@ -173,7 +178,7 @@ class Solver:
         rows = self._rows_at(state.start, count)
         phi = rows.step(x[:-1], f, state.noise)
         low, high = int(state.start.min()), int(state.stop.max())
-        residual = _by_step(rms(phi - x[1:]), steps, valid, low, high)
+        residual = by_step(rms(phi - x[1:]), steps, valid, low, high)
         pair = None
         if state.rounds > 0:
             pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
@@ -197,7 +202,7 @@ class Solver:
             window=(low, high),
             rounds=state.rounds + 1,
             evaluations=state.evaluations + valid.sum(0),
-            newest=_pick(f, (state.stop - state.start - 1)[None])[0],
+            newest=pick(f, (state.stop - state.start - 1)[None])[0],
         )
         carried = torch.cat([state.error[None], error])
         # a finished sample has no lanes; its accepted count of 1 is clamped to the table's end
@@ -210,6 +215,10 @@ class Solver:
             return state.finished()
         over = (state.start == len(self.table)).to(state.x.device)
         return torch.where(over[:, None], state.finished(), state.newest)
+
+    def acceptance(self, state: State) -> Acceptance | None:
+        """What became of the run's tests; `None` for a solver that makes none."""
+        return None
 
     def _lanes(self, state: State) -> tuple[Tensor, Tensor]:
         """Step of each lane, clamped to the table, and whether it lies in its sample's window; `(W, S)`, on the CPU."""
@@ -237,7 +246,7 @@ class Solver:
         index = (shared + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
         return self._rows.take(index.to(self.noise.device))
 
-    def _advance(self, state: State, ready: Tensor, x: Tensor, error: Tensor) -> State:
+    def _advance(self, state: S, ready: Tensor, x: Tensor, error: Tensor) -> S:
         """Moves every sample's window to where it belongs and fills the lanes that enter.
 
         `x`: the swept states, `(W + 1, k, S, D)`; `error`: $E$ at each of them, `(W + 1, S)`.
@@ -246,8 +255,8 @@ class Solver:
         shift, count = start - state.start, int((stop - start).max())
         known = state.stop - start  # lanes that stay
         lanes = torch.arange(count + 1)[:, None] + shift
-        x = _pick(x, torch.minimum(lanes, state.stop - state.start))
-        noise = None if state.noise is None else _pick(state.noise, lanes[:-1])
+        x = pick(x, torch.minimum(lanes, state.stop - state.start))
+        noise = None if state.noise is None else pick(state.noise, lanes[:-1])
         moved = replace(
             state,
             start=start,
@@ -257,8 +266,8 @@ class Solver:
             error=error.gather(0, shift.to(x.device)[None])[0],
             done=bool((start == len(self.table)).all()),
             seen=(torch.arange(count)[:, None] < known).to(x.device),
-            x_seen=_pick(state.x_seen, lanes[:-1]),
-            f_seen=_pick(state.f_seen, lanes[:-1]),
+            x_seen=pick(state.x_seen, lanes[:-1]),
+            f_seen=pick(state.f_seen, lanes[:-1]),
         )
         fresh = (lanes[:-1] - shift >= known) & (lanes[:-1] - shift < stop - start)
         if not bool(fresh.any()):
@@ -268,7 +277,7 @@ class Solver:
         old = ~fresh[first:].to(x.device)
         if noise is not None:
             low, high = int((start + known)[fresh.any(0)].min()), int(stop.max())
-            drawn = _pick(self.noise(low, high), lanes[first:-1] + state.start - low)
+            drawn = pick(self.noise(low, high), lanes[first:-1] + state.start - low)
             noise[first:] = torch.where(old[:, None, :, None], noise[first:], drawn)
         rows = self._rows_at(start + first, count - first)
         jacobian, offset = self.fill.model(rows, None if noise is None else noise[first:], state.newest)
@@ -283,7 +292,7 @@ class Solver:
         return moved
 
 
-def _by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) -> Tensor:
+def by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) -> Tensor:
     """Values by lane, `(W, S)`, as values by step from `low` to `high`, NaN outside a sample's window."""
     out = values.new_full((high - low + 1, values.shape[1]), torch.nan)
     # samples slide apart; what lies outside a sample's window goes to a row that is cut off
@@ -291,7 +300,7 @@ def _by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) 
     return out[:-1]
 
 
-def _pick(values: Tensor, index: Tensor) -> Tensor:
+def pick(values: Tensor, index: Tensor) -> Tensor:
     """Entry `index[i, s]` of every sample, clamped: `(L, …, S, D)` to `(n, …, S, D)`; a new tensor."""
     if len(values) == 0:
         return values.new_zeros(len(index), *values.shape[1:])

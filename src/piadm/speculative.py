@@ -38,10 +38,22 @@ from torch import Tensor
 
 from piadm.errors import require
 from piadm.propagators import Pair
-from piadm.solver import Solver, State, _by_step, _pick
+from piadm.result import Acceptance
+from piadm.solver import Solver, State, by_step, pick
 from piadm.stopping import rms
 from piadm.sweep import sweep
-from piadm.tables import mix
+from piadm.tables import Rows, Table, mix
+from piadm.windows import Window
+
+
+def check_speculative(table: Table, window: Window, scheme: object) -> None:
+    """Raises `ValueError` if no step of a scheme has noise or a window does not begin at the first unfinished step."""
+    remedy = "its steps have no noise, so no law to be exact in; use Parallel, or a scheme with noise such as DDPM(steps=1000)"
+    require(table.stochastic, "scheme", scheme, remedy)
+    every = torch.arange(len(table) + 1)
+    start, _ = window.advance(table, len(table), every)
+    remedy = "must begin at the first unfinished step of each sample: give a number of steps, or None for all"
+    require(bool((start == every).all()), "window", window, remedy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +72,23 @@ class Speculation(State):
 
 
 @dataclass(frozen=True, eq=False)
+class Scan:
+    """What a scan decided: per lane and sample, `(W, S)`.
+
+    Attributes:
+        kept: The tests that kept their draft.
+        ended: The step at which the scan ended, finished by a reflection or from its true mean.
+        rejected: Of these, the reflected ones.
+        noise: What a reflection makes of $ξ_m$, shape `(W, k, S, D)`.
+    """
+
+    kept: Tensor
+    ended: Tensor
+    rejected: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class SpeculativeSolver(Solver):
     """`Solver` with tests in place of a stopping rule; `tolerance` and `variance` are not used.
 
@@ -71,11 +100,7 @@ class SpeculativeSolver(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.table.stochastic, "scheme", "deterministic", "has no noise, so no law to be exact in: use Parallel")
-        every = torch.arange(len(self.table) + 1)
-        start, _ = self.window.advance(self.table, len(self.table), every)
-        follows = bool((start == every).all())
-        require(follows, "window", self.window, "must begin at the first unfinished step: use a number of steps, or Sliding")
+        check_speculative(self.table, self.window, self.table)
 
     @cached_property
     def _inverse(self) -> tuple[Tensor, Tensor]:
@@ -104,32 +129,28 @@ class SpeculativeSolver(Solver):
         Raises:
             NonFiniteError: if an answer is NaN or infinite.
         """
-        if not isinstance(state, Speculation) or state.noise is None:
-            raise TypeError(f"`state` is a {type(state).__name__}: give one that this solver's `init` made")
         steps, valid = self._lanes(state)
         f = self._whole(state, steps, valid, f)
-        x, xi, inside = state.x, state.noise, valid.to(f.device)
         rows = self._rows_at(state.start, len(valid))
+        x, xi, C, inside = state.x, state.noise, rows.C, valid.to(f.device)
+        if not isinstance(state, Speculation) or xi is None or C is None:
+            raise TypeError(f"`state` is a {type(state).__name__}: give one that this solver's `init` made")
         mean = rows.step(x[:-1], f, None)
         low, high = int(state.start.min()), int(state.stop.max())
-        residual = _by_step(rms(mean - state.mean), steps, valid, low, high)
+        residual = by_step(rms(mean - state.mean), steps, valid, low, high)
 
-        tested, passed, reflected = self._test(state, steps.to(f.device), mean)
-        kept = (tested & passed & inside).long().cumprod(0).bool()
-        lane = torch.arange(len(valid), device=f.device)[:, None]
-        stop = (lane == kept.sum(0)) & inside  # the last lane of each sample's scan, unless it kept all
-        rejected = stop & tested
-
+        scan = self._scan(state, steps, inside, mean, xi)
         pair = None
         if state.rounds > 0:
             pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
-        mean = torch.where(rejected[:, None, :, None], mean + mix(rows.C, reflected - xi), mean)
-        mean = torch.where(kept[:, None, :, None], state.mean, mean)
+        mean = torch.where(scan.rejected[:, None, :, None], mean + mix(C, scan.noise - xi), mean)
+        mean = torch.where(scan.kept[:, None, :, None], state.mean, mean)
+        finished = scan.kept | scan.ended
         jacobian = self.propagator.jacobian(rows, pair)
-        jacobian = torch.where((kept | stop)[:, None, None, :, None], 0.0, jacobian)
+        jacobian = torch.where(finished[:, None, None, :, None], 0.0, jacobian)
         mean = sweep(mean, jacobian, torch.cat([x[:1], state.mean]))[1:]
-        new = torch.cat([x[:1], mean + mix(rows.C, xi)])
+        new = _states(x, mean, rows, xi)
 
         after = replace(
             state,
@@ -140,25 +161,32 @@ class SpeculativeSolver(Solver):
             window=(low, high),
             rounds=state.rounds + 1,
             evaluations=state.evaluations + valid.sum(0),
-            newest=_pick(f, (state.stop - state.start - 1)[None])[0],
-            accepted=state.accepted + kept.sum(0).cpu(),
-            rejected=state.rejected + rejected.sum(0).cpu(),
+            newest=pick(f, (state.stop - state.start - 1)[None])[0],
+            accepted=state.accepted + scan.kept.sum(0).cpu(),
+            rejected=state.rejected + scan.rejected.sum(0).cpu(),
         )
-        ready = state.start + (kept | stop).sum(0).cpu()
+        ready = state.start + finished.sum(0).cpu()
         moved = self._advance(after, ready, new, state.error.expand(len(new), -1))
         return self._draft(moved, mean, moved.start - state.start, state.stop - moved.start)
 
-    def _test(self, state: Speculation, steps: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether each step would be tested and would pass, `(W, S)`, and its noise reflected, `(W, k, S, D)`."""
-        xi = state.noise
+    def acceptance(self, state: State) -> Acceptance | None:
+        if not isinstance(state, Speculation):
+            return None
+        return Acceptance(state.accepted, state.rejected, state.start - state.accepted - state.rejected)
+
+    def _scan(self, state: Speculation, steps: Tensor, inside: Tensor, mean: Tensor, xi: Tensor) -> Scan:
+        """Tests every sample's steps in order, up to the first that does not keep its draft; `mean`: $μ_m$, `(W, k, S, D)`."""
+        steps = steps.to(mean.device)
         inverse, regular = (values[steps] for values in self._inverse)
         e = mix(inverse.movedim(1, -1).unsqueeze(-1), state.mean - mean)
-        square = e.square().sum((1, 3))
-        along = (xi * e).sum((1, 3))
-        tested = regular & (square.sqrt().cumsum(0) <= self.threshold)
-        passed = self._log_uniform.gather(0, steps) <= -along - square / 2
+        square, along = e.square().sum((1, 3)), (xi * e).sum((1, 3))
+        tested = regular & inside & (square.sqrt() <= self.threshold)
+        passed = tested & (self._log_uniform.gather(0, steps) <= -along - square / 2)
+        kept = passed.long().cumprod(0).bool()
+        lane = torch.arange(len(kept), device=kept.device)[:, None]
+        ended = (lane == kept.sum(0)) & inside
         factor = 2 * along / torch.where(square > 0, square, 1.0)
-        return tested, passed, xi - factor[:, None, :, None] * e
+        return Scan(kept, ended, ended & tested, xi - factor[:, None, :, None] * e)
 
     def _draft(self, state: Speculation, mean: Tensor, shift: Tensor, known: Tensor) -> Speculation:
         """Gives a window that moved by `shift` its draft means: those of the `known` first lanes, and the fill's beyond."""
@@ -167,5 +195,10 @@ class SpeculativeSolver(Solver):
         jacobian, offset = self.fill.model(rows, None, state.newest)
         entered = mix(jacobian, state.x[:-1]) + offset
         stays = (lane < known).to(entered.device)[:, None, :, None]
-        mean = torch.where(stays, _pick(mean, lane + shift), entered)
-        return replace(state, mean=mean)
+        mean = torch.where(stays, pick(mean, lane + shift), entered)
+        return replace(state, mean=mean, x=_states(state.x, mean, rows, state.noise))
+
+
+def _states(x: Tensor, mean: Tensor, rows: Rows, noise: Tensor | None) -> Tensor:
+    """The window's states, `(W + 1, k, S, D)`: the first of `x`, then means with their noise."""
+    return torch.cat([x[:1], mean if rows.C is None or noise is None else mean + mix(rows.C, noise)])

@@ -1,0 +1,65 @@
+r"""Exact in law: a sampler whose samples follow the sequential scheme's law, not its path."""
+
+from __future__ import annotations
+
+from piadm.denoiser import DenoiserLike
+from piadm.errors import require_positive
+from piadm.fills import Fill
+from piadm.noise import Noise
+from piadm.propagators import Propagator
+from piadm.samplers import Parallel
+from piadm.schemes import Scheme
+from piadm.speculative import SpeculativeSolver, check_speculative
+from piadm.windows import Window
+
+
+class Exact(Parallel):
+    r"""Samples whose law is exactly that of the sequential stochastic scheme: no tolerance, no bias.
+
+    Rounds are those of `Parallel`, but a step is finished by a test, which keeps the draft or reflects it such that the state's
+    law given the one before is the scheme's; `piadm.speculative` has the algorithm, the proof and what is left to rounding.
+    One seed gives one sample for one window, propagator, fill and threshold; other ones, and `Sequential`, give other samples
+    of the same law. A run takes at most as many rounds as there are steps, and one for every step that has no noise.
+
+    Arguments:
+        denoiser: The denoiser.
+        scheme: The steps, at least one of them with noise, such as `DDPM(steps=1000)`.
+        propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
+        window: How many steps are iterated at once, `None` for all, or a `Window` that begins at the first unfinished step.
+        threshold: $θ$, in units of a step's noise: a scan tests while the distances of its drafts add up to $θ$ at most, so
+            that it ends in a rejection with probability $0.4\, θ$ at most; it changes the number of rounds, never the law.
+            2 took the fewest rounds on the embedded networks (docs/benchmarks.md).
+        max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$, of no promised law, and
+            `converged` is `False`.
+        fill: What unvisited states hold; `Jump` with the denoiser's mean and variance by default.
+
+    A call's arguments, result and errors are those of `Parallel`; `result.acceptance` counts the tests.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, among them a deterministic scheme, before any network call.
+        NonFiniteError: if the network returns NaN or infinity; the finished steps are on the exception.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        scheme: Scheme,
+        *,
+        propagator: Propagator | None = None,
+        window: int | Window | None = 32,
+        threshold: float = 2.0,
+        max_rounds: int | None = None,
+        fill: Fill | None = None,
+    ) -> None:
+        super().__init__(denoiser, scheme, propagator=propagator, window=window, max_rounds=max_rounds, fill=fill)
+        require_positive("threshold", threshold, "threshold=2.0")
+        check_speculative(self.table, self.window, scheme)
+        self.threshold = threshold
+
+    def __repr__(self) -> str:
+        how = f"propagator={self.propagator}, window={self.window}, threshold={self.threshold:g}"
+        return f"{type(self).__name__}({self.denoiser!r}, {self.scheme!r}, {how})"
+
+    def _solver(self, noise: Noise) -> SpeculativeSolver:
+        policies = self.propagator, self.window, self.fill
+        return SpeculativeSolver(self.table, noise, *policies, self.tolerance, self.denoiser.variance, self.threshold)

@@ -217,12 +217,12 @@ class Solver:
         new = sweep(phi, jacobian, x)
         variance = state.variance if pair is None else apparent_variance(rows, pair, state.variance)
         if kept is not None:
-            carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0), 1.0)
+            carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0))
             accepted = kept.long().sum(0).cpu() + 1
         else:
             step = x[:-1] if pair is None else x[:-1] - state.x_seen
-            size = misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
-            carried = self._spent(state, steps, size.masked_fill(~inside, 0.0), SAFETY)
+            size = SAFETY * misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
+            carried = self._spent(state, steps, size.masked_fill(~inside, 0.0))
             share = (steps + 1).to(size) / len(self.table)
             over = (carried[0] > self.tolerance * share.sqrt()) | ~inside
             over[0] = False
@@ -261,7 +261,7 @@ class Solver:
         rows = self._rows_at(left.start, len(valid))
         size = rms(rows.step(left.x[:-1], _dense(f, valid), left.noise) - left.x[1:]).nan_to_num(torch.inf, posinf=torch.inf)
         blank = replace(left, error=0 * left.error, nats=0 * left.nats, drift=0 * left.drift)
-        _, nats, drift = self._spent(blank, steps, size.masked_fill(~valid.to(size.device), 0.0), 1.0)[:, -1]
+        _, nats, drift = self._spent(blank, steps, size.masked_fill(~valid.to(size.device), 0.0))[:, -1]
         return nats, drift
 
     def _within(self, target: float, state: State, steps: Tensor, defect: Tensor, inside: Tensor) -> Tensor:
@@ -273,10 +273,10 @@ class Solver:
         kept = (nats <= target * share) & (information > 0) & state.seen & inside
         return torch.cumprod(kept.long(), 0).bool()
 
-    def _spent(self, state: State, steps: Tensor, size: Tensor, safety: float) -> Tensor:
+    def _spent(self, state: State, steps: Tensor, size: Tensor) -> Tensor:
         """`error`, `nats` and `drift` after each step of the window, for defects of rms `size`, `(W, S)`; `(3, W, S)`."""
         steps = steps.to(size.device)
-        information, cost = self._information[steps], safety * self._weights[steps] * size
+        information, cost = self._information[steps], self._weights[steps] * size
         nats = torch.where(information > 0, information * size.square() * state.x[0, :, 0].numel(), 0.0)
         drift = cost.masked_fill(information > 0, 0.0)
         return torch.stack(

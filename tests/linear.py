@@ -10,6 +10,7 @@ reads the same coefficients off a piadm sampler, which is run on unit impulses i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,10 +145,46 @@ def law(
     return Law(y[0], y[1], y[2:].reshape(M, 2), covariance)
 
 
+Slope = Callable[[float, float, float], float]
+"""J of a step of length ε at forward time t, for data of variance v: `slope(v, t, ε)`."""
+
+
+def score_slope(v: float, t: float) -> float:
+    """ds/dx for data N(μ, v)."""
+    return -1 / (math.exp(-t) * v - math.expm1(-t))
+
+
+def path(v: float, T: float, h: float, eps: float, eta: float, K: int | None, slope: Slope) -> np.ndarray:
+    """All states of the SDE scheme, as linear forms in (y_0, ξ_0, ξ_1, …): shape (M + 1, M + 1), lower triangular.
+
+    K rounds a block of y'[m+1] = Φ(y[m]) + J (y'[m] - y[m]), all its states starting at its first; `None`: sequentially.
+    """
+    blocks = grid(T, h, eps, eta)
+    unit = np.eye(1 + sum(map(len, blocks)))
+    states = [unit[0]]
+    for steps in blocks:
+        m, Y = len(states) - 1, [states[-1]] * (len(steps) + 1)
+        for _ in range(1 if K is None else K):
+            new = [states[-1]]
+            for j, (t, e) in enumerate(steps):
+                old = new[j] if K is None else Y[j]
+                drift = math.exp(e / 2) * old + 2 * math.expm1(e / 2) * score_slope(v, t) * old
+                new.append(drift + slope(v, t, e) * (new[j] - old) + math.sqrt(math.expm1(e)) * unit[1 + m + j])
+            Y = new
+        states += Y[1:]
+    return np.array(states)
+
+
+def path_kl(states: np.ndarray, reference: np.ndarray) -> float:
+    """KL between centred Gaussian paths X = A z and X = B z, z standard normal: (tr RᵀR - n)/2 - log |det R|, R = B⁻¹A."""
+    ratio = np.linalg.solve(reference, states)
+    return ((ratio**2).sum() - len(ratio)) / 2 - np.log(np.abs(np.diag(ratio))).sum()
+
+
 def kl(variance: float, reference: float) -> float:
     """KL(N(0, a) ‖ N(0, b))."""
-    ratio = variance / reference
-    return (ratio - 1 - math.log(ratio)) / 2
+    excess = variance / reference - 1
+    return (excess - math.log1p(excess)) / 2
 
 
 class Impulses:
@@ -174,6 +211,7 @@ class Responses:
     mean: torch.Tensor  # (D,), the output of a run without any noise
     noise: torch.Tensor  # (M, k, D)
     rounds: int
+    nats: float | None  # expected Σ ‖δ‖²/(2 C²) over all coordinates, were the data centred: impulses are orthonormal
 
     @property
     def variance(self) -> torch.Tensor:
@@ -189,4 +227,5 @@ def responses(monkeypatch, sampler, event: tuple[int, ...]) -> Responses:
     result = sampler(tuple(start.shape), noise=start)
     out = result.samples.reshape(len(start), -1)
     linear = out - out[-1]
-    return Responses(linear[0], out[-1], linear[1:-1].reshape(M, k, -1), result.rounds)
+    nats = None if result.certificate.kl is None else len(start) * result.certificate.kl
+    return Responses(linear[0], out[-1], linear[1:-1].reshape(M, k, -1), result.rounds, nats)

@@ -13,11 +13,11 @@ import piadm
 
 ROOT = Path(piadm.__file__).parent
 FLOORS = [
-    {"errors", "result"},
+    {"errors"},
     {"schedules", "noise", "progress"},
     {"denoiser", "tables"},
     {"inputs", "targets", "executors", "schemes", "exponential", "certificate"},
-    {"propagators", "windows", "sweep"},
+    {"propagators", "windows", "sweep", "result"},
     {"fills", "stopping"},
     {"solver"},
     {"speculative"},

@@ -7,6 +7,7 @@ A denoiser (a network with its schedule), a scheme (the steps) and a sampler:
 """
 
 from piadm import fills, models, propagators, schedules, targets, windows
+from piadm.certificate import Certificate
 from piadm.denoiser import Denoiser, DenoiserLike, Guided, Wrapper
 from piadm.errors import NonFiniteError
 from piadm.exact import Exact
@@ -24,6 +25,7 @@ __all__ = [
     "DDPM",
     "PIADMODE",
     "PIADMSDE",
+    "Certificate",
     "Corrector",
     "Denoiser",
     "DenoiserLike",

@@ -2,13 +2,20 @@ r"""Exact in law: a sampler whose samples follow the sequential scheme's law, no
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from piadm.certificate import EXACT, Certificate
 from piadm.denoiser import DenoiserLike
 from piadm.errors import require_positive
 from piadm.fills import Fill
 from piadm.noise import Noise
 from piadm.propagators import Propagator
-from piadm.samplers import Parallel
+from piadm.samplers import Audit, Parallel
 from piadm.schemes import Scheme
+from piadm.solver import State
 from piadm.speculative import SpeculativeSolver, check_speculative
 from piadm.windows import Window
 
@@ -61,5 +68,8 @@ class Exact(Parallel):
         return f"{type(self).__name__}({self.denoiser!r}, {self.scheme!r}, {how})"
 
     def _solver(self, noise: Noise) -> SpeculativeSolver:
-        policies = self.propagator, self.window, self.fill
-        return SpeculativeSolver(self.table, noise, *policies, self.tolerance, self.denoiser.variance, self.threshold)
+        policies = self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance
+        return SpeculativeSolver(self.table, noise, *policies, threshold=self.threshold)
+
+    def _certificate(self, state: State, audit: Audit, short: Tensor) -> Certificate:
+        return replace(EXACT, kl=math.inf) if bool(short.any()) else EXACT

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from piadm.certificate import Certificate
+
 
 @dataclass(frozen=True, eq=False)
 class Acceptance:
@@ -29,14 +31,15 @@ class Result:
     Attributes:
         samples: The samples, shape `(S, *event)`.
         steps: $M$, the sequential scheme's network calls.
-        rounds: Batched network calls, one after the other.
-        evaluations: Network rows (state × time) per sample, averaged over the batch.
+        rounds: Batched network calls, one after the other, that made the samples; the certificate has its own.
+        evaluations: Network rows (state × time) per sample, averaged over the batch, likewise.
         residuals: For each round the rms defect of every step of its window, the largest over samples, shape `(W,)`; NaN at
             a step that no sample iterated.
         windows: For each round its first step and one past its last, over all samples.
         converged: Whether every step was finished (`False` when `max_rounds` ended the run first).
         error: Estimated rms distance of each sample from the sequential one, held against `tolerance`; shape `(S,)`; 0 for
             `Sequential` and `Exact`, infinite for a sample that `max_rounds` cut short. See `piadm.stopping`.
+        certificate: How far the law of the samples is, at most, from the sequential scheme's. See `piadm.certificate`.
         seconds: Wall time, network included.
         network_seconds: Of that, time inside the denoiser.
         acceptance: Of `Exact`, what became of its tests.
@@ -50,6 +53,7 @@ class Result:
     windows: tuple[tuple[int, int], ...]
     converged: bool
     error: Tensor
+    certificate: Certificate
     seconds: float
     network_seconds: float
     acceptance: Acceptance | None = None
@@ -58,5 +62,5 @@ class Result:
         return (
             f"Result(samples={tuple(self.samples.shape)} {self.samples.dtype}, steps={self.steps}, rounds={self.rounds}, "
             f"evaluations={self.evaluations:.4g} ({self.evaluations / self.steps:.3g} a step), converged={self.converged}, "
-            f"error≈{self.error.max():.1e}, seconds={self.seconds:.3g})"
+            f"error≈{self.error.max():.1e}, {self.certificate}, seconds={self.seconds:.3g})"
         )

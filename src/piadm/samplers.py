@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.certificate import EXACT, Certificate, information
 from piadm.denoiser import DenoiserLike, check_condition, check_denoiser, spread
-from piadm.errors import NonFiniteError, require_count, require_positive
+from piadm.errors import NonFiniteError, require, require_count, require_positive
 from piadm.fills import Fill, Jump
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
 from piadm.noise import GeneratorLike, Noise
@@ -23,7 +24,7 @@ from piadm.progress import progress_bar
 from piadm.propagators import Propagator, Secant
 from piadm.result import Result
 from piadm.schemes import Scheme
-from piadm.solver import Request, Solver
+from piadm.solver import Request, Solver, State
 from piadm.windows import Sliding, Window
 
 Callback = Callable[[int, tuple[int, int], Tensor], None]
@@ -76,6 +77,25 @@ class _Network:
         return f.reshape(request.x.shape)
 
 
+class Audit:
+    """The defects of accepted steps, measured as they leave the window.
+
+    Such a call depends on no answer of the next round, and could share its call. In one of its own it leaves the rows of
+    that round, and so the samples, as they are without an audit, to the last bit.
+    """
+
+    def __init__(self, solver: Solver, network: _Network, samples: int) -> None:
+        self.solver, self.network, self.calls = solver, network, 0
+        self.steps = torch.zeros(samples, dtype=torch.long)
+        self.nats: Tensor | float = 0.0
+        self.drift: Tensor | float = 0.0
+
+    def __call__(self, left: State) -> None:
+        nats, drift = self.solver.measure(left, self.network(self.solver.request(left)))
+        self.nats, self.drift = self.nats + nats, self.drift + drift
+        self.calls, self.steps = self.calls + 1, self.steps + left.stop - left.start
+
+
 class Sequential(_Sampler):
     """One network call after the other: a plain loop, and the oracle that every parallel run is held against.
 
@@ -122,6 +142,7 @@ class Sequential(_Sampler):
             windows=(),
             converged=True,
             error=x.new_zeros(samples),
+            certificate=EXACT,
             seconds=time.perf_counter() - started,
             network_seconds=network.seconds,
         )
@@ -140,6 +161,11 @@ class Parallel(_Sampler):
             noise. The rule is an estimate, stated in `piadm.stopping`. Windows with a fixed number of rounds ignore it.
         max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$ and `converged` is `False`.
         fill: What unvisited states hold; `Jump` with the denoiser's mean and variance by default.
+        target_kl: Replaces `tolerance`: a step is accepted for its measured defect, within its share of this divergence from
+            the sequential law, in nats. Every sample keeps to it, so the certificate is rigorous and at most `target_kl`.
+        audit: Whether the network is evaluated at the accepted states too, so that the certificate's defects are measured: a
+            row more for every step, in one round more. By default where the certificate has a divergence and rounds are fixed
+            in advance; elsewhere its defects are the stopping rule's estimates, at no cost. Never changes the samples.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any network call.
@@ -156,6 +182,8 @@ class Parallel(_Sampler):
         tolerance: float = 1e-2,
         max_rounds: int | None = None,
         fill: Fill | None = None,
+        target_kl: float | None = None,
+        audit: bool | None = None,
     ) -> None:
         super().__init__(denoiser, scheme)
         require_positive("tolerance", tolerance, "tolerance=1e-2")
@@ -175,9 +203,18 @@ class Parallel(_Sampler):
         self.propagator.check(self.table)
         self.window.check(self.table)
         self._policies = (self.propagator, self.fill)
+        bounded, adaptive = information(self.table) is not None, isinstance(self.window, Sliding)
+        if target_kl is not None:
+            require_positive("target_kl", target_kl, "target_kl=0.01")
+            require(bounded, "target_kl", target_kl, "steps without noise have no divergence: use DDPM, or give a tolerance")
+            require(adaptive, "target_kl", target_kl, f"{self.window} has a number of rounds of its own: give window=32")
+        self.target_kl = target_kl
+        measured = bounded and not adaptive if audit is None else audit
+        self.audit = measured and target_kl is None  # which measures as it goes
 
     def __repr__(self) -> str:
-        how = f"propagator={self.propagator}, window={self.window}, tolerance={self.tolerance:g}"
+        goal = f"tolerance={self.tolerance:g}" if self.target_kl is None else f"target_kl={self.target_kl:g}"
+        how = f"propagator={self.propagator}, window={self.window}, {goal}"
         return f"{type(self).__name__}({self.denoiser!r}, {self.scheme!r}, {how})"
 
     @torch.no_grad()
@@ -207,6 +244,7 @@ class Parallel(_Sampler):
         network = _Network(self.denoiser, event, len(x), condition)
         solver = self._solver(source)
         state, residuals, windows = solver.init(x), [], []
+        audit = Audit(solver, network, len(x))
         with progress_bar(len(self.table), progress) as show:
             while not state.done and state.rounds != self.max_rounds:
                 try:
@@ -214,6 +252,8 @@ class Parallel(_Sampler):
                 except NonFiniteError as error:
                     error.x = error.x.reshape(len(x), *event)
                     raise
+                if state.left is not None:
+                    audit(state.left)
                 residual = state.residual.nan_to_num(-1.0).amax(1)
                 residual = residual.masked_fill(residual < 0, torch.nan)
                 residuals.append(residual)
@@ -221,6 +261,8 @@ class Parallel(_Sampler):
                 show(int(state.start.min()), state.rounds, residual)
                 if callback is not None:
                     callback(state.rounds, state.window, residual)
+        # of a sample cut short nothing is known beyond its accepted steps
+        short = state.start.to(x.device) < len(self.table)
         return Result(
             samples=(state.finished() if state.done else solver.prediction(state)).reshape(len(x), *event),
             steps=len(self.table),
@@ -229,12 +271,24 @@ class Parallel(_Sampler):
             residuals=tuple(residuals),
             windows=tuple(windows),
             converged=state.done,
-            # of a sample cut short nothing is known beyond its accepted steps
-            error=state.error.masked_fill(state.start.to(x.device) < len(self.table), torch.inf),
+            error=state.error.masked_fill(short, torch.inf),
+            certificate=self._certificate(state, audit, short),
             seconds=time.perf_counter() - started,
             network_seconds=network.seconds,
             acceptance=solver.acceptance(state),
         )
 
     def _solver(self, noise: Noise) -> Solver:
-        return Solver(self.table, noise, self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance)
+        policies = self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance
+        return Solver(self.table, noise, *policies, target_kl=self.target_kl, keep=self.audit)
+
+    def _certificate(self, state: State, audit: Audit, short: Tensor) -> Certificate:
+        measured: Audit | State = audit if self.audit else state
+        return Certificate.of(
+            self.table,
+            torch.where(short, torch.inf, measured.nats),
+            torch.where(short, torch.inf, measured.drift),
+            rigorous=self.audit or self.target_kl is not None,
+            calls=audit.calls,
+            evaluations=float(audit.steps.double().mean()),
+        )

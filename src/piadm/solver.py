@@ -11,6 +11,9 @@ A round evaluates $f$ at all states of the window, forms $Φ_m(x_m)$, and carrie
 
 A sliding window accepts the steps that `piadm.stopping` finds finished, and always the first one: its state is exact relative
 to the ones before it, so a run of $M$ steps ends within $M$ rounds whatever the network does.
+
+With `target_kl` a step is accepted for the defect that it is *measured* to have, a round after its state was made: states stay
+as they are while $\sum_{j \le m} ‖δ_j‖^2 / (2 C_j^2) \le κ (m + 1)/M$, and the step after them is exact.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from piadm.certificate import information
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import Noise
@@ -44,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Everything between two rounds.
+    r"""Everything between two rounds.
 
     Attributes:
         start: Steps finished, per sample, shape `(S,)`, on the CPU.
@@ -55,6 +59,8 @@ class State:
         x_seen: The states last evaluated, shape `(W, k, S, D)`.
         f_seen: What the network said of them, shape `(W, S, D)`.
         error: What the accepted steps are estimated to cost the final sample, in rms per coordinate, shape `(S,)`.
+        nats: What they add to the divergence, $\sum_m ‖δ_m‖^2 / (2 C_m^2)$, shape `(S,)`; see `piadm.certificate`.
+        drift: The part of `error` that the certificate's divergence leaves out, shape `(S,)`.
         variance: The data's along the last changes, for the stopping rule, shape `(S,)`.
         residual: rms of the last round's defects by step of `window`, NaN outside a sample's own, shape `(stop - start, S)`.
         window: The `(start, stop)` over all samples which that round iterated.
@@ -62,6 +68,7 @@ class State:
         evaluations: Network rows so far, per sample, shape `(S,)`.
         newest: The network's last word on the last step of each sample's window, shape `(S, D)`; `None` before round 1.
         done: Whether every sample has finished every step.
+        left: What left the windows in the last round, as a state of its own, if the solver keeps it.
     """
 
     start: Tensor
@@ -72,6 +79,8 @@ class State:
     x_seen: Tensor
     f_seen: Tensor
     error: Tensor
+    nats: Tensor
+    drift: Tensor
     variance: Tensor
     residual: Tensor
     window: tuple[int, int]
@@ -79,6 +88,7 @@ class State:
     evaluations: Tensor
     newest: Tensor | None
     done: bool
+    left: State | None
 
     def finished(self) -> Tensor:
         """The last finished state of every sample, shape `(S, D)`."""
@@ -100,6 +110,8 @@ class Solver:
         fill: What unvisited states are filled with.
         tolerance: $τ$, in rms per coordinate; windows with a fixed number of rounds ignore it.
         variance: The data's per coordinate, a number or of one sample's size, for the stopping rule.
+        target_kl: $κ$, which takes the tolerance's place.
+        keep: Whether states that leave the window stay in `State.left` for a round, so that `measure` can be asked about them.
     """
 
     table: Table
@@ -109,6 +121,8 @@ class Solver:
     fill: Fill
     tolerance: float
     variance: float | Tensor
+    target_kl: float | None = None
+    keep: bool = False
 
     def __post_init__(self) -> None:
         self.propagator.check(self.table)
@@ -126,6 +140,12 @@ class Solver:
     def _weights(self) -> Tensor:
         return sensitivity(self.table, self.variance).to(self.noise.device, self.noise.dtype)
 
+    @cached_property
+    def _information(self) -> Tensor:
+        """$1/(2 C_m^2)$ by step, 0 where the certificate says nothing."""
+        known = information(self.table)
+        return torch.zeros_like(self._weights) if known is None else known.to(self.noise.device, self.noise.dtype)
+
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
         k, samples = self.table.components, len(x)
@@ -140,6 +160,8 @@ class Solver:
             x_seen=first[:0],
             f_seen=first[:0, 0],
             error=x.new_zeros(samples),
+            nats=x.new_zeros(samples),
+            drift=x.new_zeros(samples),
             variance=x.new_full((samples,), total_variance(self.variance, x.shape[1])),
             residual=x.new_zeros(0, samples),
             window=(0, 0),
@@ -147,8 +169,9 @@ class Solver:
             evaluations=zero,
             newest=None,
             done=False,
+            left=None,
         )
-        return self._advance(empty, zero, first, empty.error[None])
+        return self._advance(empty, zero, first, x.new_zeros(3, 1, samples))
 
     def request(self, state: State) -> Request:
         """The rows of the next round."""
@@ -178,20 +201,29 @@ class Solver:
         rows = self._rows_at(state.start, count)
         phi = rows.step(x[:-1], f, state.noise)
         low, high = int(state.start.min()), int(state.stop.max())
-        residual = by_step(rms(phi - x[1:]), steps, valid, low, high)
+        defect = rms(phi - x[1:])
+        residual = by_step(defect, steps, valid, low, high)
         pair = None
         if state.rounds > 0:
             pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
+        kept = None
+        if self.target_kl is not None:
+            kept = self._within(self.target_kl, state, steps, defect, inside)
+            phi = torch.where(kept[:, None, :, None], x[1:], phi)
         jacobian = self.propagator.jacobian(rows, pair)
         new = sweep(phi, jacobian, x)
         variance = state.variance if pair is None else apparent_variance(rows, pair, state.variance)
-        step = x[:-1] if pair is None else x[:-1] - state.x_seen
-        cost = self._weights[steps.to(device)] * misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
-        error = torch.hypot(state.error, SAFETY * cost.masked_fill(~inside, 0.0).cumsum(0))
-        share = (steps + 1).to(error) / len(self.table)
-        over = (error > self.tolerance * share.sqrt()) | ~inside
-        over[0] = False
-        accepted = torch.cumprod((~over).long(), 0).sum(0).cpu()
+        if kept is not None:
+            carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0))
+            accepted = kept.long().sum(0).cpu() + 1
+        else:
+            step = x[:-1] if pair is None else x[:-1] - state.x_seen
+            size = SAFETY * misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
+            carried = self._spent(state, steps, size.masked_fill(~inside, 0.0))
+            share = (steps + 1).to(size) / len(self.table)
+            over = (carried[0] > self.tolerance * share.sqrt()) | ~inside
+            over[0] = False
+            accepted = torch.cumprod((~over).long(), 0).sum(0).cpu()
         after = replace(
             state,
             seen=inside,
@@ -203,11 +235,54 @@ class Solver:
             rounds=state.rounds + 1,
             evaluations=state.evaluations + valid.sum(0),
             newest=pick(f, (state.stop - state.start - 1)[None])[0],
+            left=None,
         )
-        carried = torch.cat([state.error[None], error])
+        before = torch.stack([state.error, state.nats, state.drift])[:, None]
         # a finished sample has no lanes; its accepted count of 1 is clamped to the table's end
         ready = (state.start + accepted).minimum(torch.full_like(state.start, len(self.table))).minimum(state.stop)
-        return self._advance(after, ready, new, carried)
+        moved = self._advance(after, ready, new, torch.cat([before, carried], dim=1))
+        gone = int((moved.start - state.start).max())
+        if not self.keep or gone == 0:
+            return moved
+        noise = None if state.noise is None else state.noise[:gone]
+        return replace(moved, left=replace(state, stop=moved.start, x=new[: gone + 1], noise=noise, left=None))
+
+    def measure(self, left: State, f: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The defects of steps that have left, measured, given the network's answers to `request(left)`.
+
+        Returns:
+            Their $\sum_m ‖δ_m‖^2 / (2 C_m^2)$ and what noiseless ones add to `drift`, both of shape `(S,)`; infinite if the
+            network is not finite there.
+        """
+        steps, valid = self._lanes(left)
+        rows = self._rows_at(left.start, len(valid))
+        size = rms(rows.step(left.x[:-1], _dense(f, valid), left.noise) - left.x[1:]).nan_to_num(torch.inf, posinf=torch.inf)
+        blank = replace(left, error=0 * left.error, nats=0 * left.nats, drift=0 * left.drift)
+        _, nats, drift = self._spent(blank, steps, size.masked_fill(~valid.to(size.device), 0.0))[:, -1]
+        return nats, drift
+
+    def _within(self, target: float, state: State, steps: Tensor, defect: Tensor, inside: Tensor) -> Tensor:
+        """Which states of the window stay as they are because their measured defects are within the target, `(W, S)`."""
+        information = self._information[steps.to(defect.device)]
+        nats = state.nats + (information * defect.square() * state.x[0, :, 0].numel()).cumsum(0)
+        share = (steps + 1).to(defect) / len(self.table)
+        # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
+        kept = (nats <= target * share) & (information > 0) & state.seen & inside
+        return torch.cumprod(kept.long(), 0).bool()
+
+    def _spent(self, state: State, steps: Tensor, size: Tensor) -> Tensor:
+        """`error`, `nats` and `drift` after each step of the window, for defects of rms `size`, `(W, S)`; `(3, W, S)`."""
+        steps = steps.to(size.device)
+        information, cost = self._information[steps], self._weights[steps] * size
+        nats = torch.where(information > 0, information * size.square() * state.x[0, :, 0].numel(), 0.0)
+        drift = cost.masked_fill(information > 0, 0.0)
+        return torch.stack(
+            [
+                torch.hypot(state.error, cost.cumsum(0)),
+                state.nats + nats.cumsum(0),
+                torch.hypot(state.drift, drift.cumsum(0)),
+            ]
+        )
 
     def prediction(self, state: State) -> Tensor:
         """Finished samples, and for the others the newest prediction of $x_0$ from their window's end, shape `(S, D)`."""
@@ -235,21 +310,17 @@ class Solver:
             bad = bad.reshape(count, samples)
             failed = bad.any(0).nonzero().flatten().tolist()
             raise NonFiniteError(int(steps[bad].min()), state.rounds + 1, failed, state.start, state.finished())
-        if len(f) < count * samples:
-            whole = f.new_zeros(count * samples, f.shape[-1])
-            whole[valid.flatten().to(f.device)] = f
-            f = whole
-        return f.reshape(count, samples, -1)
+        return _dense(f, valid)
 
     def _rows_at(self, start: Tensor, count: int) -> Rows:
         shared = start[:1] if bool((start == start[0]).all()) else start
         index = (shared + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
         return self._rows.take(index.to(self.noise.device))
 
-    def _advance(self, state: S, ready: Tensor, x: Tensor, error: Tensor) -> S:
+    def _advance(self, state: S, ready: Tensor, x: Tensor, carried: Tensor) -> S:
         """Moves every sample's window to where it belongs and fills the lanes that enter.
 
-        `x`: the swept states, `(W + 1, k, S, D)`; `error`: $E$ at each of them, `(W + 1, S)`.
+        `x`: the swept states, `(W + 1, k, S, D)`; `carried`: `error`, `nats` and `drift` at each of them, `(3, W + 1, S)`.
         """
         start, stop = self.window.advance(self.table, state.rounds, ready)
         shift, count = start - state.start, int((stop - start).max())
@@ -257,13 +328,16 @@ class Solver:
         lanes = torch.arange(count + 1)[:, None] + shift
         x = pick(x, torch.minimum(lanes, state.stop - state.start))
         noise = None if state.noise is None else pick(state.noise, lanes[:-1])
+        error, nats, drift = carried.gather(1, shift.to(x.device).expand(3, 1, -1))[:, 0]
         moved = replace(
             state,
             start=start,
             stop=stop,
             x=x,
             noise=noise,
-            error=error.gather(0, shift.to(x.device)[None])[0],
+            error=error,
+            nats=nats,
+            drift=drift,
             done=bool((start == len(self.table)).all()),
             seen=(torch.arange(count)[:, None] < known).to(x.device),
             x_seen=pick(state.x_seen, lanes[:-1]),
@@ -298,6 +372,16 @@ def by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) -
     # samples slide apart; what lies outside a sample's window goes to a row that is cut off
     out.scatter_(0, torch.where(valid, steps - low, high - low).to(values.device), values)
     return out[:-1]
+
+
+def _dense(f: Tensor, valid: Tensor) -> Tensor:
+    """Rows of the lanes in a window, `(R, D)`, as one `(W, S, D)`, with zeros in the other lanes."""
+    count, samples = valid.shape
+    if len(f) < count * samples:
+        whole = f.new_zeros(count * samples, f.shape[-1])
+        whole[valid.flatten().to(f.device)] = f
+        f = whole
+    return f.reshape(count, samples, -1)
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 r"""Rounds that are exact in law: a solver whose samples follow the sequential scheme's law, whatever the drafts.
 
-A window holds for every step a *draft mean* $\tilde μ_m$ and the draft $x_{m+1} = \tilde μ_m + C_m ξ_m$. A round evaluates $f$ at
-the drafts, which gives the means they ought to have had, $μ_m = A_m x_m + B_m f(x_m)$, and then scans from the first unfinished
-step, whose state $x_m$ is final. With $e_m = C_m^{-1} (\tilde μ_m - μ_m)$:
+A window holds for every step a *draft mean* $\tilde μ_m$ and the draft $x_{m+1} = \tilde μ_m + C_m ξ_m$. A round evaluates $f$
+at the drafts, which gives the means they ought to have had, $μ_m = A_m x_m + B_m f(x_m)$, and then scans from the first
+unfinished step, whose state $x_m$ is final. With $e_m = C_m^{-1} (\tilde μ_m - μ_m)$:
 
 - while the $‖e‖$ of this scan add up to `threshold` at most, draw $u_m$ and keep $x_{m+1}$ if
   $\log u_m \le -⟨ξ_m, e_m⟩ - ‖e_m‖^2/2$; otherwise reflect, $x_{m+1} = μ_m + C_m (ξ_m - 2 ⟨e_m, ξ_m⟩ e_m / ‖e_m‖^2)$, and stop;
@@ -12,14 +12,14 @@ Either way the step at which the scan stopped is finished too, so a round finish
 network said of later ones is about other states: they are refined as in `piadm.solver`, the change carried on by $J$, and
 tested in a later round.
 
-*Why it is exact.* Let $F_m$ be everything drawn for steps before $m$: their $ξ$ and $u$. In every round $\tilde μ_m$ and $J_m$ are
-functions of $F_m$ (causality), and so are $μ_m$, $e_m$ and the choice between testing and recomputing, for the scan reaches $m$
-in order. The pair $(ξ_m, u_m)$ is independent of $F_m$ and serves once, since a step that was reached is finished. So given $F_m$
-the test is the reflection maximal coupling of $N(\tilde μ_m, C_m C_m^⊤)$ and $N(μ_m, C_m C_m^⊤)$, whose second marginal is
-$x_{m+1} \sim N(μ_m, C_m C_m^⊤)$: the sequential scheme's step.
+*Why it is exact.* Let $F_m$ be everything drawn for steps before $m$: their $ξ$ and $u$. In every round $\tilde μ_m$ and $J_m$
+are functions of $F_m$ (causality), and so are $μ_m$, $e_m$ and the choice between testing and recomputing, for the scan reaches
+$m$ in order. The pair $(ξ_m, u_m)$ is independent of $F_m$ and serves once, since a step that was reached is finished. So given
+$F_m$ the test is the reflection maximal coupling of $N(\tilde μ_m, C_m C_m^⊤)$ and $N(μ_m, C_m C_m^⊤)$, whose second marginal
+is $x_{m+1} \sim N(μ_m, C_m C_m^⊤)$: the sequential scheme's step.
 
-A test rejects with probability $2 Φ(‖e‖/2) - 1 < 0.4 ‖e‖$, so a scan that may add up to $θ$ ends in a rejection with probability
-at most $0.4\, θ$.
+A test rejects with probability $2 Φ(‖e‖/2) - 1 < 0.4 ‖e‖$, so a scan that may add up to $θ$ ends in a rejection with
+probability at most $0.4\, θ$.
 
 *In floating point* $\tilde μ_m$ is kept beside the draft, so the choice to test is independent of $ξ_m$ to the last bit. What
 remains is rounding, as in the sequential sampler: states are off by units in the last place, and $u$ has 24 or 53 bits.
@@ -30,7 +30,7 @@ diffusion: De Bortoli et al., 2025 (arXiv 2501.05370); drafts from Picard iterat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -96,7 +96,7 @@ class SpeculativeSolver(Solver):
         threshold: Most that the $‖e‖$ of one scan's tests may add up to.
     """
 
-    threshold: float
+    threshold: float = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,7 +166,7 @@ class SpeculativeSolver(Solver):
             rejected=state.rejected + scan.rejected.sum(0).cpu(),
         )
         ready = state.start + finished.sum(0).cpu()
-        moved = self._advance(after, ready, new, state.error.expand(len(new), -1))
+        moved = self._advance(after, ready, new, state.error.expand(3, len(new), -1))
         return self._draft(moved, mean, moved.start - state.start, state.stop - moved.start)
 
     def acceptance(self, state: State) -> Acceptance | None:

@@ -17,7 +17,8 @@ $J = A + B L$.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -34,6 +35,21 @@ class Pair:
     dx: Tensor
     df: Tensor
     seen: Tensor
+
+    @cached_property
+    def length(self) -> Tensor:
+        """$‖Δx‖$, shape `(W, S)`."""
+        return torch.linalg.vector_norm(self.dx, dim=-1)
+
+    @cached_property
+    def known(self) -> Tensor:
+        """Whether a lane has two evaluations at different states, shape `(W, S)`."""
+        return self.seen & (self.length > 0)
+
+    @cached_property
+    def divisor(self) -> Tensor:
+        """$‖Δx‖$, and 1 where nothing is known."""
+        return torch.where(self.known, self.length, 1.0)
 
 
 class Propagator(Protocol):
@@ -103,8 +119,9 @@ class Gaussian:
 
     def gain(self, rows: Rows) -> Tensor:
         """$L$, shape `(W, S|1, D|1)`."""
-        v = torch.as_tensor(self.variance, device=rows.alpha.device, dtype=rows.alpha.dtype).reshape(1, 1, -1)
-        return rows.gaussian_gain(v)
+        if not isinstance(self.variance, Tensor):
+            return rows.gaussian_gain(float(self.variance))
+        return rows.gaussian_gain(self.variance.to(rows.alpha).reshape(1, 1, -1))
 
     def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
         return rows.jacobian(self.gain(rows))
@@ -123,19 +140,18 @@ class Secant:
     """
 
     variance: float | Tensor = 1.0
+    _start: Gaussian = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        Gaussian(self.variance)
+        object.__setattr__(self, "_start", Gaussian(self.variance))
 
     def check(self, table: Table) -> None:
         """Defined for every table."""
 
     def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
-        start = Gaussian(self.variance).gain(rows)
+        start = self._start.gain(rows)
         if pair is None:
             return rows.jacobian(start)
-        length = pair.dx.square().sum(-1)
-        known = pair.seen & (length > 0)
-        gain = (pair.dx * pair.df).sum(-1) / torch.where(known, length, 1.0)
-        gain = gain.clamp(min=0).minimum(1 / rows.alpha.squeeze(-1))
-        return rows.jacobian(torch.where(known[..., None], gain[..., None], start))
+        gain = torch.linalg.vecdot(pair.dx, pair.df) / pair.divisor.square()
+        gain = gain.clamp(min=0)[..., None].minimum(1 / rows.alpha)
+        return rows.jacobian(torch.where(pair.known[..., None], gain, start))

@@ -313,8 +313,10 @@ class Solver:
         return _dense(f, valid)
 
     def _rows_at(self, start: Tensor, count: int) -> Rows:
-        shared = start[:1] if bool((start == start[0]).all()) else start
-        index = (shared + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
+        shared = _shared(start)
+        if shared is not None and shared + count <= len(self.table):
+            return self._rows.cut(shared, shared + count)
+        index = (start + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
         return self._rows.take(index.to(self.noise.device))
 
     def _advance(self, state: S, ready: Tensor, x: Tensor, carried: Tensor) -> S:
@@ -352,18 +354,25 @@ class Solver:
         if noise is not None:
             low, high = int((start + known)[fresh.any(0)].min()), int(stop.max())
             drawn = pick(self.noise(low, high), lanes[first:-1] + state.start - low)
-            noise[first:] = torch.where(old[:, None, :, None], noise[first:], drawn)
+            noise[first:] = torch.where(old[:, None, :, None], noise[first:], drawn) if bool(old.any()) else drawn
         rows = self._rows_at(start + first, count - first)
         jacobian, offset = self.fill.model(rows, None if noise is None else noise[first:], state.newest)
         offset = offset.expand(-1, *x.shape[1:]).clone()
         offset[0] += mix(jacobian[0], x[first])
-        stays = old[:, None, :, None]
-        phi = torch.where(stays, x[first + 1 :], offset)
-        jacobian = torch.where(stays[:, None], 0.0, jacobian)
+        if bool(old.any()):
+            stays = old[:, None, :, None]
+            offset = torch.where(stays, x[first + 1 :], offset)
+            jacobian = torch.where(stays[:, None], 0.0, jacobian)
         blank = torch.zeros_like(x[first:])
         blank[0] = x[first]
-        x[first:] = sweep(phi, jacobian, blank)
+        x[first:] = sweep(offset, jacobian, blank)
         return moved
+
+
+def _shared(start: Tensor) -> int | None:
+    """The step at which every sample is, `None` if they are at different ones."""
+    steps = start.tolist()
+    return steps[0] if steps.count(steps[0]) == len(steps) else None
 
 
 def by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) -> Tensor:
@@ -389,7 +398,7 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
     if len(values) == 0:
         return values.new_zeros(len(index), *values.shape[1:])
     index = index.clamp(0, len(values) - 1)
-    if bool((index == index[:, :1]).all()):
+    if index.shape[1] == 1 or bool((index == index[:, :1]).all()):
         return values.index_select(0, index[:, 0].to(values.device))
     shape = (len(index), *[1] * (values.ndim - 3), index.shape[1], 1)
     return values.gather(0, index.to(values.device).reshape(shape).expand(-1, *values.shape[1:]))

@@ -9,6 +9,7 @@ serve underdamped Langevin dynamics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,19 +52,27 @@ class Rows:
         rest = torch.zeros_like(column).expand(-1, -1, self.A.shape[1] - 1, -1, -1)
         return self.A + torch.cat([column, rest], dim=2)
 
-    def gaussian_gain(self, variance: Tensor) -> Tensor:
+    def gaussian_gain(self, variance: float | Tensor) -> Tensor:
         r"""$L = α v / (α^2 v + σ^2)$, $∂f/∂x$ for data $N(μ, v)$, of the shape of `variance`, `(1, S|1, D|1)`, and `W` rows."""
-        return self.alpha * variance / (self.alpha**2 * variance + self.sigma**2)
+        scaled = self.alpha * variance
+        return scaled / (self.alpha * scaled + self.sigma.square())
 
     def take(self, index: Tensor) -> Rows:
-        """Rows of a whole cast table at steps `(W, S|1)`."""
+        """Rows of a whole table at steps `(W, S|1)`."""
 
         def pick(values: Tensor) -> Tensor:
-            picked = values[index]  # (W, S, *entries)
+            picked = values[..., 0, 0][index]  # (W, S, *entries)
             return picked.movedim(1, -1).unsqueeze(-1)
 
-        C = None if self.C is None else pick(self.C)
-        return Rows(pick(self.A), pick(self.B), C, pick(self.alpha), pick(self.sigma), pick(self.growth))
+        return self._each(pick)
+
+    def cut(self, first: int, last: int) -> Rows:
+        """Rows of a whole table from `first` up to but excluding `last`: views."""
+        return self._each(lambda values: values[first:last])
+
+    def _each(self, act: Callable[[Tensor], Tensor]) -> Rows:
+        C = None if self.C is None else act(self.C)
+        return Rows(act(self.A), act(self.B), C, act(self.alpha), act(self.sigma), act(self.growth))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +128,8 @@ class Table:
         return bool((self.C != 0).any())
 
     def cast(self, device: torch.device, dtype: torch.dtype) -> Rows:
-        """All rows on a device and in a dtype, to be cut by `Rows.take`."""
+        """All rows on a device and in a dtype, to be cut by `Rows.take` or `Rows.cut`."""
         scale = (self.alpha**2 + self.sigma**2).sqrt()
         values = self.A, self.B, self.C, self.alpha[:-1], self.sigma[:-1], scale[1:] / scale[:-1]
-        A, B, C, alpha, sigma, growth = (value.to(device, dtype) for value in values)
+        A, B, C, alpha, sigma, growth = (value.to(device, dtype)[..., None, None] for value in values)
         return Rows(A, B, C if self.stochastic else None, alpha, sigma, growth)

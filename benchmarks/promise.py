@@ -35,7 +35,7 @@ from piadm.result import Result
 from piadm.stopping import SAFETY
 
 TOLERANCES = (1e-1, 1e-2, 1e-3)
-GRID = (1 / 4, 1 / 2, 1.0, 2.0, 4.0, SAFETY, 2 * SAFETY, 8 * SAFETY)
+GRID = (1 / 4, 1.0, 4.0, 8.0, 16.0, SAFETY, 2 * SAFETY, 8 * SAFETY)
 """Values of `SAFETY` for the oracle; those above the default only where the default broke its promise."""
 APART = ("points",)
 

@@ -39,7 +39,8 @@ class Pair:
     @cached_property
     def length(self) -> Tensor:
         """$‖Δx‖$, shape `(W, S)`."""
-        return torch.linalg.vector_norm(self.dx, dim=-1)
+        length: Tensor = torch.linalg.vector_norm(self.dx, dim=-1)
+        return length
 
     @cached_property
     def known(self) -> Tensor:

@@ -253,7 +253,9 @@ def test_a_network_that_breaks_leaves_the_finished_states(tmp_path: Path, own: P
         assert json.loads(file.metadata()["arguments"])["sampler"] == sampler
         assert file.get_tensor("x").shape == (3, 2)
         assert file.get_tensor("x").isfinite().all()
-        assert (file.get_tensor("finished") >= 4).all()
+        finished = file.get_tensor("finished")
+        assert finished.max() >= 4  # step 5 was in a window of 2
+        assert finished.min() >= 3
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path, own: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
 import torch
 import typer
@@ -61,7 +61,7 @@ class SchedulerName(str, Enum):
 _PAPERS = (SamplerName.piadm_sde, SamplerName.piadm_ode)
 _SERVES = {
     **dict.fromkeys(("scheduler", "eta"), (SamplerName.parallel, SamplerName.exact, SamplerName.sequential)),
-    "window": (SamplerName.parallel, SamplerName.exact),
+    **dict.fromkeys(("window", "max_memory"), (SamplerName.parallel, SamplerName.exact)),
     "tolerance": (SamplerName.parallel,),
     **dict.fromkeys(("iterations", "horizon", "block", "early_stop"), _PAPERS),
     "compare": (*_PAPERS, SamplerName.parallel),
@@ -103,9 +103,19 @@ def sample(
         ),
     ] = 1000,
     window: Annotated[
-        int, typer.Option(help="parallel, exact: steps iterated at once; more take fewer rounds, more memory.")
-    ] = 32,
+        str,
+        typer.Option(
+            help="parallel, exact: steps iterated at once, more take fewer rounds and more memory; all; or auto: time the "
+            "network first, and take what is fastest here."
+        ),
+    ] = "32",
     tolerance: Annotated[float, typer.Option(help="parallel: rms distance from the sequential sample.")] = 1e-2,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="parallel, exact: bytes that a run may take besides the weights, or a fraction of the machine's: 0.5."
+        ),
+    ] = None,
     iterations: Annotated[int, typer.Option(help="piadm-*: rounds of each block.")] = 24,
     horizon: Annotated[float, typer.Option(help="piadm-*: time at which sampling starts.")] = ExponentialSDE.horizon,
     block: Annotated[float, typer.Option(help="piadm-*: time that a block spans.")] = ExponentialSDE.block,
@@ -125,13 +135,14 @@ def sample(
         denoiser = _load(model, guidance_scale)
         condition = _condition(label, num_samples, model in models.NAMES, denoiser)
         chosen: Parallel | Sequential
+        fit: _Fit = {"window": _window(window), "max_memory": _memory(max_memory)}
         if sampler in _PAPERS:
             chosen = _published(sampler, denoiser, num_inference_steps, horizon, block, early_stop, iterations)
         elif sampler is SamplerName.parallel:
             scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
-            chosen = Parallel(denoiser, scheme, window=window, tolerance=tolerance)
+            chosen = Parallel(denoiser, scheme, tolerance=tolerance, **fit)
         elif sampler is SamplerName.exact:
-            chosen = Exact(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta), window=window)
+            chosen = Exact(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta), **fit)
         else:
             chosen = Sequential(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta))
         _prepare(output)
@@ -142,6 +153,29 @@ def sample(
         _fail(_in_options(str(error), context) + _place(error, model), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+class _Fit(TypedDict):
+    """What the machine has a say in."""
+
+    window: int | Literal["auto"] | None
+    max_memory: float | None
+
+
+def _window(given: str) -> int | Literal["auto"] | None:
+    if given == "auto":
+        return "auto"
+    require(given == "all" or given.isdecimal(), "window", given, "give a number of steps such as 32, all, or auto")
+    return None if given == "all" else int(given)
+
+
+def _memory(given: str | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        return int(given) if given.isdecimal() else float(given)
+    except ValueError:
+        raise ValueError(f"`max_memory` is {given!r}: give bytes, such as 2000000000, or a fraction, such as 0.5") from None
 
 
 def _run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -32,13 +33,15 @@ class Exact(Parallel):
         denoiser: The denoiser.
         scheme: The steps, at least one of them with noise, such as `DDPM(steps=1000)`.
         propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
-        window: How many steps are iterated at once, `None` for all, or a `Window` that begins at the first unfinished step.
+        window: How many steps are iterated at once, `None` for all, `"auto"` for the measured fastest, or a `Window` that
+            begins at the first unfinished step.
         threshold: $θ$, in units of a step's noise: a scan tests while the distances of its drafts add up to $θ$ at most, so
             that it ends in a rejection with probability $0.4\, θ$ at most; it changes the number of rounds, never the law.
             2 took the fewest rounds on the embedded networks (docs/benchmarks.md).
         max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$, of no promised law, and
             `converged` is `False`.
         fill: What unvisited states hold; `Jump` with the denoiser's mean and variance by default.
+        max_memory: As in `Parallel`.
 
     A call's arguments, result and errors are those of `Parallel`; `result.acceptance` counts the tests.
 
@@ -53,12 +56,14 @@ class Exact(Parallel):
         scheme: Scheme,
         *,
         propagator: Propagator | None = None,
-        window: int | Window | None = 32,
+        window: int | Window | Literal["auto"] | None = 32,
         threshold: float = 2.0,
         max_rounds: int | None = None,
         fill: Fill | None = None,
+        max_memory: float | None = None,
     ) -> None:
-        super().__init__(denoiser, scheme, propagator=propagator, window=window, max_rounds=max_rounds, fill=fill)
+        how: dict[str, Any] = {"propagator": propagator, "window": window, "max_rounds": max_rounds, "fill": fill}
+        super().__init__(denoiser, scheme, max_memory=max_memory, **how)
         require_positive("threshold", threshold, "threshold=2.0")
         check_speculative(self.table, self.window, scheme)
         self.threshold = threshold

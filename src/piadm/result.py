@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from piadm.certificate import Certificate
+from piadm.tuning import Choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Result:
         seconds: Wall time, network included.
         network_seconds: Of that, time inside the denoiser.
         acceptance: Of `Exact`, what became of its tests.
+        choice: Of `window="auto"`, the window, and the times predicted.
     """
 
     samples: Tensor
@@ -57,6 +59,7 @@ class Result:
     seconds: float
     network_seconds: float
     acceptance: Acceptance | None = None
+    choice: Choice | None = None
 
     def __repr__(self) -> str:
         return (

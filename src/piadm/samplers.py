@@ -6,10 +6,12 @@ draw the same starting state and the same $ξ_m$, so `Parallel` returns what `Se
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +19,18 @@ from torch import Tensor
 from piadm.certificate import EXACT, Certificate, information
 from piadm.denoiser import DenoiserLike, check_condition, check_denoiser, spread
 from piadm.errors import NonFiniteError, require, require_count, require_positive
+from piadm.executors import MicroBatch
 from piadm.fills import Fill, Jump
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
+from piadm.memory import divide, lane_bytes, limit, row_bytes
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
 from piadm.propagators import Propagator, Secant
 from piadm.result import Result
 from piadm.schemes import Scheme
 from piadm.solver import Request, Solver, State
+from piadm.tables import Table
+from piadm.tuning import Guarded, Tuner, sizes, timing
 from piadm.windows import Sliding, Window
 
 Callback = Callable[[int, tuple[int, int], Tensor], None]
@@ -43,10 +49,10 @@ class _Sampler:
         self.table = scheme(denoiser.schedule)
         denoiser.check(self.table.times)
 
-    def _begin(
+    def _read(
         self, shape: Sequence[int], generator: GeneratorLike, noise: Tensor | None, condition: dict[str, Any]
-    ) -> tuple[tuple[int, ...], Noise, Tensor]:
-        """The event's shape, the driving noise, and starting states `(S, D)`."""
+    ) -> tuple[tuple[int, ...], torch.device, torch.dtype]:
+        """The samples' shape, and where and in which dtype their states live; says what is wrong with the arguments."""
         shape = read_shape(shape, self.denoiser.event_shape)
         check_condition(condition, shape[0])
         for owner in (self.denoiser, *self._policies):
@@ -54,6 +60,13 @@ class _Sampler:
         home, dtype = read_home(self.denoiser, generator, noise)
         if noise is not None:
             check_noise(noise, shape, home)
+        return shape, home, dtype
+
+    def _begin(
+        self, shape: Sequence[int], generator: GeneratorLike, noise: Tensor | None, condition: dict[str, Any]
+    ) -> tuple[tuple[int, ...], Noise, Tensor]:
+        """The event's shape, the driving noise, and starting states `(S, D)`."""
+        shape, home, dtype = self._read(shape, generator, noise, condition)
         size = math.prod(shape[1:])
         source = Noise(generator, shape[0], size, self.table.components, home, dtype)
         x = source.start() if noise is None else noise.to(dtype).reshape(shape[0], size)
@@ -75,6 +88,20 @@ class _Network:
             torch.cuda.synchronize(f.device)
         self.seconds += time.perf_counter() - started
         return f.reshape(request.x.shape)
+
+
+class _Trial:
+    """A network call of any number of rows, on states of the run's first step: how long it takes, what memory."""
+
+    def __init__(self, table: Table, network: _Network, home: torch.device, dtype: torch.dtype) -> None:
+        size, source = math.prod(network.event), torch.Generator(home).manual_seed(0)
+        self.start = table.scale * torch.randn(network.samples, size, generator=source, device=home, dtype=dtype)
+        self.times, self.network = table.times.to(home), network
+
+    @torch.no_grad()
+    def __call__(self, rows: int) -> None:
+        sample = torch.arange(rows) % len(self.start)
+        self.network(Request(self.start[sample.to(self.start.device)], self.times[:1].expand(rows), sample))
 
 
 class Audit:
@@ -156,7 +183,9 @@ class Parallel(_Sampler):
         scheme: The steps, such as `DDPM(steps=1000)`.
         propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
         window: How many steps are iterated at once (a `Sliding` window), or a `Window`, or `None` for all. A round evaluates
-            up to batch × window rows in one call; `piadm.MicroBatch` cuts it up.
+            up to batch × window rows in one call; `piadm.MicroBatch` cuts it up. `"auto"` times the network once at several
+            numbers of rows and takes the window and the rows in a call with which the run is predicted to be fastest; where
+            that is one step at a time, it is the sequential sampler. See `piadm.tuning`.
         tolerance: $τ$, the promised rms distance per coordinate, in data units, from the sequential sample with the same
             noise. The rule is an estimate, stated in `piadm.stopping`. Windows with a fixed number of rounds ignore it.
         max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$ and `converged` is `False`.
@@ -166,9 +195,12 @@ class Parallel(_Sampler):
         audit: Whether the network is evaluated at the accepted states too, so that the certificate's defects are measured: a
             row more for every step, in one round more. By default where the certificate has a divergence and rounds are fixed
             in advance; elsewhere its defects are the stopping rule's estimates, at no cost. Never changes the samples.
+        max_memory: Bytes that a run may take besides the network's weights, or a fraction of the device's memory (`0.5`).
+            Rounds are cut into calls that fit, by the measured cost of a row, and so is the window `"auto"`; one that was
+            given and does not fit is refused. See `piadm.memory`.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before any network call.
+        ValueError, TypeError: for arguments that do not fit, before any network call (`max_memory`: after three rows).
         NonFiniteError: if the network returns NaN or infinity; the finished steps are on the exception.
     """
 
@@ -178,12 +210,13 @@ class Parallel(_Sampler):
         scheme: Scheme,
         *,
         propagator: Propagator | None = None,
-        window: int | Window | None = 32,
+        window: int | Window | Literal["auto"] | None = 32,
         tolerance: float = 1e-2,
         max_rounds: int | None = None,
         fill: Fill | None = None,
         target_kl: float | None = None,
         audit: bool | None = None,
+        max_memory: float | None = None,
     ) -> None:
         super().__init__(denoiser, scheme)
         require_positive("tolerance", tolerance, "tolerance=1e-2")
@@ -191,13 +224,18 @@ class Parallel(_Sampler):
             require_count("max_rounds", max_rounds, "max_rounds=100")
         self.propagator: Propagator = Secant(denoiser.variance) if propagator is None else propagator
         self.fill: Fill = Jump(denoiser.mean, denoiser.variance) if fill is None else fill
+        self._tuner = Tuner() if window == "auto" else None
+        window = None if window == "auto" else window
         self.window: Window = Sliding(window) if window is None or isinstance(window, int) else window
+        if max_memory is not None:
+            limit(max_memory, torch.device("cpu"))
+        self.max_memory = max_memory
         self.tolerance, self.max_rounds = tolerance, max_rounds
         wanted = {"propagator": ("check", "jacobian"), "window": ("check", "advance"), "fill": ("model",)}
         for name, methods in wanted.items():
             policy = getattr(self, name)
             if isinstance(policy, type) or not all(hasattr(policy, method) for method in methods):
-                plain = "an integer, None for all steps, or " if name == "window" else ""
+                plain = "an integer, None for all steps, 'auto', or " if name == "window" else ""
                 named = " and ".join(f"`{method}`" for method in methods)
                 raise TypeError(f"`{name}` is {policy!r}: give {plain}an instance with {named}, see piadm.{name}s")
         self.propagator.check(self.table)
@@ -214,7 +252,7 @@ class Parallel(_Sampler):
 
     def __repr__(self) -> str:
         goal = f"tolerance={self.tolerance:g}" if self.target_kl is None else f"target_kl={self.target_kl:g}"
-        how = f"propagator={self.propagator}, window={self.window}, {goal}"
+        how = f"propagator={self.propagator}, window={self.window if self._tuner is None else 'auto'!r}, {goal}"
         return f"{type(self).__name__}({self.denoiser!r}, {self.scheme!r}, {how})"
 
     @torch.no_grad()
@@ -239,6 +277,8 @@ class Parallel(_Sampler):
             progress: Whether to show a progress bar.
             condition: Passed to the network; tensors whose first dimension is the batch are repeated along the window.
         """
+        if self._tuner is not None or self.max_memory is not None:
+            return self._fitted(shape, generator, noise, callback, progress, condition)
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         network = _Network(self.denoiser, event, len(x), condition)
@@ -277,6 +317,46 @@ class Parallel(_Sampler):
             network_seconds=network.seconds,
             acceptance=solver.acceptance(state),
         )
+
+    def _fitted(
+        self,
+        shape: Sequence[int],
+        generator: GeneratorLike,
+        noise: Tensor | None,
+        callback: Callback | None,
+        progress: bool,
+        condition: dict[str, Any],
+    ) -> Result:
+        """A run in the window, and in calls, that fit in memory, and of those the fastest if that is asked for."""
+        shape, home, dtype = self._read(shape, generator, noise, condition)
+        samples, steps = shape[0], len(self.table)
+        trial = _Trial(self.table, _Network(self.denoiser, shape[1:], samples, condition), home, dtype)
+        largest = min(getattr(self.window, "size", None) or steps, steps)
+        most = None
+        if self.max_memory is not None:
+            room, lane = limit(self.max_memory, home), lane_bytes(self.table, trial.start)
+            fitting, most = divide(room, row_bytes(trial, home), lane, largest)
+            fits = self._tuner is not None or fitting == largest
+            right = f"give at most {fitting}, or max_memory of about {2 * largest * lane} bytes"
+            require(fits, "window", largest, f"does not fit in max_memory={self.max_memory}: {right}")
+            largest = fitting
+        chosen = copy.copy(self)
+        chosen._tuner = chosen.max_memory = None
+        choice = None
+        if self._tuner is not None:
+            key = (shape, most, dtype, home, torch.get_num_threads(), *sorted(condition))
+            measured = timing(self.denoiser, key, trial, sizes(samples, steps, most), steps)
+            choice = self._tuner.choose(measured, steps, samples, largest, most)
+            most = choice.rows
+            price = measured.at(choice.window * samples, most) / measured.at(samples, most)
+            chosen.window = Guarded(choice.window, price)
+        if most is not None and most < samples * largest:
+            chosen.denoiser = MicroBatch(self.denoiser, most)
+        sampler = chosen if choice is None or choice.window > 1 else Sequential(chosen.denoiser, self.scheme)
+        result = sampler(shape, generator=generator, noise=noise, callback=callback, progress=progress, **condition)
+        if self._tuner is not None and choice is not None and choice.window > 1 and result.converged:
+            self._tuner.learn(steps, choice.window, result.rounds, result.seconds - result.network_seconds)
+        return replace(result, choice=choice)
 
     def _solver(self, noise: Noise) -> Solver:
         policies = self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance

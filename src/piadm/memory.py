@@ -1,0 +1,117 @@
+"""Memory: how many bytes a network row takes, how many the window's states do, and what of them fits.
+
+Counted are tensors that live at the same time during a call, weights not. What a kernel allocates for itself meanwhile is
+counted by CUDA's allocator; on the CPU it is allowed for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from piadm.errors import require
+from piadm.tables import Table
+
+COPIES = 20
+"""Most numbers that live at once in a round of the solver, for each number of a window's states."""
+
+WORKSPACE = 1.5
+"""Of a call on the CPU: the growth of the process over the tensors counted, on the embedded networks at 128 rows."""
+
+
+class _Counter(TorchDispatchMode):
+    """Bytes of the storages that operators have made and nobody has dropped, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            key = id(storage)
+            if key in given or key in self._known:
+                continue
+            size = storage.nbytes()
+            self._known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key, size)
+        return out
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call takes at most, besides those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    counter = _Counter()
+    with counter:
+        call()
+    return math.ceil(WORKSPACE * counter.peak)
+
+
+def limit(max_memory: float, device: torch.device) -> int:
+    """`max_memory` in bytes: a whole number is one, a fraction is of the device's memory.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(max_memory, int) and not isinstance(max_memory, bool) and max_memory > 0:
+        return max_memory
+    fraction = isinstance(max_memory, float) and 0 < max_memory <= 1
+    require(fraction, "max_memory", max_memory, "give bytes, such as 2 * 1024**3, or a fraction of the device's, such as 0.5")
+    if device.type == "cuda":
+        return int(max_memory * int(torch.cuda.get_device_properties(device).total_memory))
+    return int(max_memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def row_bytes(call: Callable[[int], object], device: torch.device) -> int:
+    """Bytes that a network call takes for each row: what a second one adds to the first."""
+    call(1)
+    one, two = (peak(partial(call, rows), device) for rows in (1, 2))
+    return max(two - one, one // 2, 1)
+
+
+def lane_bytes(table: Table, x: Tensor) -> int:
+    """Bytes that a solver's round takes for each step of the window, for starting states `x` of shape `(S, D)`."""
+    return COPIES * table.components * x.numel() * x.element_size()
+
+
+def divide(room: int, row: int, lane: int, lanes: int) -> tuple[int, int]:
+    """The largest window, of at most `lanes` steps, and the most rows in a call that fit in `room` bytes together.
+
+    A window takes half the room at most, for what it leaves is the network's.
+
+    Raises:
+        ValueError: if one step and one row do not fit.
+    """
+    least = lane + row
+    require(room >= least, "max_memory", room, f"one step and one network row take about {least} bytes: give at least that")
+    lanes = min(lanes, max(1, room // 2 // lane))
+    return lanes, max(1, (room - lanes * lane) // row)

@@ -131,7 +131,10 @@ def sample(
             scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
             chosen = Parallel(denoiser, scheme, window=window, tolerance=tolerance)
         elif sampler is SamplerName.exact:
-            chosen = Exact(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta), window=window)
+            scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
+            remedy = "its steps have no noise, so no law to be exact in; use ddpm, or ddim with --eta above 0"
+            require(scheme(denoiser.schedule).stochastic, "scheduler", scheduler.value, remedy)
+            chosen = Exact(denoiser, scheme, window=window)
         else:
             chosen = Sequential(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta))
         _prepare(output)

@@ -33,9 +33,9 @@ class Exact(Parallel):
         scheme: The steps, at least one of them with noise, such as `DDPM(steps=1000)`.
         propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
         window: How many steps are iterated at once, `None` for all, or a `Window` that begins at the first unfinished step.
-        threshold: $θ$, in units of a step's noise: a scan tests while the distances of its drafts add up to $θ$ at most, so
-            that it ends in a rejection with probability $0.4\, θ$ at most; it changes the number of rounds, never the law.
-            2 took the fewest rounds on the embedded networks (docs/benchmarks.md).
+        threshold: $θ$, in units of a step's noise: drafts whose mean is further off are recomputed, not tested. It changes the
+            number of rounds, never the law. 2, at which two tests in three reject, took the fewest rounds on the embedded
+            networks; larger ones take as many, 0.25 up to one in ten more (docs/benchmarks.md).
         max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$, of no promised law, and
             `converged` is `False`.
         fill: What unvisited states hold; `Jump` with the denoiser's mean and variance by default.

@@ -19,6 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 import piadm
+from benchmarks.exact import NoReflection
 from piadm.noise import Noise
 from piadm.propagators import Gaussian, Jacobi, Secant
 from piadm.speculative import Scan, SpeculativeSolver
@@ -35,14 +36,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- solvers with one ingredient removed ---
-
-
-class NoReflection(SpeculativeSolver):
-    """A rejected step is recomputed with the noise it had."""
-
-    def _scan(self, state, steps, inside, mean, xi):
-        return replace(super()._scan(state, steps, inside, mean, xi), noise=xi)
+# --- solvers with one ingredient removed; `NoReflection` is the benchmark's ---
 
 
 class LooksAtItsNoise(SpeculativeSolver):

@@ -56,7 +56,7 @@ def observe(
     noise = Noise(torch.Generator().manual_seed(seed), samples, size, k, torch.device("cpu"), dtype)
     propagator = piadm.propagators.Secant(denoiser.variance) if propagator is None else propagator
     policies = propagator, piadm.windows.Sliding(window), Jump(denoiser.mean, denoiser.variance)
-    one = solver(table, noise, *policies, 1.0, denoiser.variance, threshold)
+    one = solver(table, noise, *policies, 1.0, denoiser.variance, threshold=threshold)
     network = _Network(denoiser, event, samples, condition)
     rows = table.cast(noise.device, dtype)
     inverse = torch.linalg.pinv(table.C).to(dtype)

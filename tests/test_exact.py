@@ -317,7 +317,7 @@ def peeks(network, dtype, propagator, window, moved) -> bool:
     runs = []
     for noise in (source, Moved(source, moved)):
         fill = piadm.fills.Jump(0.0, 0.3)
-        solver = SpeculativeSolver(table, noise, propagator, Sliding(window), fill, 1.0, 0.3, 0.5)
+        solver = SpeculativeSolver(table, noise, propagator, Sliding(window), fill, 1.0, 0.3, threshold=0.5)
         state, history = solver.init(start(3, (4,)).to(dtype)), []
         while not state.done:
             history.append(state)
@@ -386,7 +386,7 @@ def test_finished_states_stay_as_they_are_and_every_draft_is_its_mean_with_its_n
     denoiser, scheme = mixture(), piadm.DDPM(12)
     table = scheme(BETAS)
     noise = Noise(generator(), 6, 2, 1, torch.device("cpu"), torch.float32)
-    solver = SpeculativeSolver(table, noise, Secant(1.0), Sliding(5), piadm.fills.Jump(0.0, 1.0), 1.0, 1.0, ALWAYS)
+    solver = SpeculativeSolver(table, noise, Secant(1.0), Sliding(5), piadm.fills.Jump(0.0, 1.0), 1.0, 1.0, threshold=ALWAYS)
     state = solver.init(noise.start())
     while not state.done:
         steps, _ = solver._lanes(state)
@@ -448,7 +448,7 @@ def test_a_state_of_another_solver_is_refused():
     policies = table, noise, Secant(1.0), Sliding(), piadm.fills.Jump()
     state = piadm.Solver(*policies, 1e-2, 1.0).init(noise.start())
     with pytest.raises(TypeError, match="`state` is a State: give one that this solver's `init` made"):
-        SpeculativeSolver(*policies, 1e-2, 1.0, 2.0).update(state, torch.zeros(5, 4))
+        SpeculativeSolver(*policies, 1e-2, 1.0, threshold=2.0).update(state, torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize("window", [1, 4, None])

@@ -68,17 +68,19 @@ def observe(
         request = one.request(state)
         answer = network(request)
         after = one.update(state, answer)
-        valid = one._lanes(state)[1]
+        steps, valid = one._lanes(state)
         f = torch.zeros(*valid.shape, size, dtype=dtype)
         f[valid] = answer
         mean = one._rows_at(state.start, len(valid)).step(state.x[:-1], f, None)
-        for s in range(samples):
-            low, high = int(state.start[s]), int(after.start[s])
-            for m in range(low, min(high + 1, int(state.stop[s]))):
-                if bool(error[m, 0, s, 0].isnan()):
-                    error[m, :, s] = inverse[m] @ (state.mean[m - low, :, s] - mean[m - low, :, s])
-            path[low + 1 : high, :, s] = state.x[1 : high - low, :, s]
-            path[high, :, s] = after.x[0, :, s]
+        e = torch.einsum("wsij,wjsd->wsid", inverse[steps], state.mean - mean)
+        lane, count = torch.arange(len(valid))[:, None], after.start - state.start
+        # the scan may have looked at the lane after the last finished one
+        first = (lane <= count) & valid & error[steps, 0, torch.arange(samples), 0].isnan()
+        w, s = first.nonzero(as_tuple=True)
+        error[steps[w, s], :, s] = e[w, s]
+        w, s = ((lane + 1 < count) & valid).nonzero(as_tuple=True)
+        path[steps[w, s] + 1, :, s] = state.x[w + 1, :, s]
+        path[after.start, :, torch.arange(samples)] = after.x[0].movedim(1, 0)
         state = after
     regular = (torch.linalg.matrix_rank(table.C) == k).nonzero().flatten()
     innovation = []

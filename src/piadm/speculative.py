@@ -147,10 +147,7 @@ class SpeculativeSolver(Solver):
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         mean = torch.where(scan.rejected[:, None, :, None], mean + mix(C, scan.noise - xi), mean)
         mean = torch.where(scan.kept[:, None, :, None], state.mean, mean)
-        finished = scan.kept | scan.ended
-        jacobian = self.propagator.jacobian(rows, pair)
-        jacobian = torch.where(finished[:, None, None, :, None], 0.0, jacobian)
-        mean = sweep(mean, jacobian, torch.cat([x[:1], state.mean]))[1:]
+        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], state.mean]))[1:]
         new = _states(x, mean, rows, xi)
 
         after = replace(
@@ -166,7 +163,7 @@ class SpeculativeSolver(Solver):
             accepted=state.accepted + scan.kept.sum(0).cpu(),
             rejected=state.rejected + scan.rejected.sum(0).cpu(),
         )
-        ready = state.start + finished.sum(0).cpu()
+        ready = state.start + (scan.kept | scan.ended).sum(0).cpu()
         moved = self._advance(after, ready, new, state.error.expand(3, len(new), -1))
         return self._draft(moved, mean, moved.start - state.start, state.stop - moved.start)
 

@@ -403,6 +403,19 @@ def test_finished_states_stay_as_they_are_and_every_draft_is_its_mean_with_its_n
         state = after
 
 
+@pytest.mark.parametrize("threshold", [1e-6, ALWAYS])
+def test_a_move_is_carried_on_so_that_an_exact_model_needs_two_rounds(threshold):
+    """The first round recomputes or reflects the first step, whose draft is a copy; with the right J all others follow it."""
+    target = piadm.targets.Gaussian(0.5, 0.2, schedule=BETAS)
+    sampler = piadm.Exact(
+        target, piadm.DDPM(12), propagator=Gaussian(0.2), window=None, threshold=threshold, fill=piadm.fills.Copy()
+    )
+    # far out, where copies are far off
+    result = sampler((5, 4), generator=generator(), noise=start(5, (4,)) + 100)
+    assert result.rounds == 2
+    assert result.acceptance.accepted.tolist() == [10] * 5
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     target = piadm.targets.Gaussian(0.5, torch.tensor([0.1, 0.5, 1.0, 2.0]))
     sampler = piadm.Exact(target, piadm.DDPM(15), window=6, threshold=ALWAYS)

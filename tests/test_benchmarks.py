@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import compare, promise
+from benchmarks import compare, exact, promise
 from piadm.stopping import SAFETY
 
 
@@ -49,3 +50,24 @@ def test_the_search_puts_the_safety_factor_back():
     with promise.safety(123.0):
         assert promise.piadm.solver.SAFETY == 123.0
     assert promise.piadm.solver.SAFETY == SAFETY
+
+
+def test_exact_counts_its_tests_and_holds_its_law_against_a_sequential_sample():
+    case = exact.Case("digits", exact.DDPM(6), 4, 1)
+    row = exact.cost(case, 2.0, seeds=2)
+    assert 6 / 4 <= row["rounds, mean"] <= row["rounds, max"] <= 6
+    assert row["rejections"] + row["recomputed"] <= row["rounds, mean"]
+    rows = {row["against Sequential"]: row for row in exact.laws(exact.Case("digits", exact.DDPM(4), None, 20), 40, 1e9)}
+    assert list(rows) == ["Sequential", "Exact", "NoReflection"]
+    assert rows["Sequential"]["rounds"] == 4
+    assert all(0 < row["p"] <= 1 and row["samples"] == 40 for row in rows.values())
+
+
+def test_the_two_sample_test_sees_a_mean_a_variance_and_a_correlation_that_differ():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 4000, 3, generator=generator, dtype=torch.float64)
+    assert exact.evidence(one, other) > 1e-3
+    turned = other.clone()
+    turned[:, 0] = 0.8 * other[:, 0] + 0.6 * other[:, 1]
+    for changed in (other + 0.2, other * 1.2, turned):
+        assert exact.evidence(one, changed) < 1e-6

@@ -114,7 +114,20 @@ def test_the_samples_are_those_of_the_library(tmp_path: Path) -> None:
     torch.testing.assert_close(tensors["samples"], expected.samples, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sampler", ["piadm-sde", "piadm-ode", "parallel", "sequential"])
+def test_an_exact_run_counts_its_tests(tmp_path: Path) -> None:
+    text, record, tensors = good(tmp_path, *DIGITS, "--label", 3, "--sampler", "exact", "--seed", 4)
+    sampler = piadm.Exact(piadm.models.load("digits"), piadm.DDPM(20), window=32)
+    expected = sampler((4, 1, 8, 8), generator=torch.Generator().manual_seed(4), label=torch.tensor([3] * 4))
+    torch.testing.assert_close(tensors["samples"], expected.samples, rtol=0, atol=0)
+    assert expected.acceptance is not None
+    counts = record["result"]["acceptance"]
+    assert counts == {name: value.tolist() for name, value in vars(expected.acceptance).items()}
+    assert [sum(each) for each in zip(*counts.values(), strict=True)] == [20] * 4
+    assert "tests accepted per sample" in text
+    assert "rejected" in text
+
+
+@pytest.mark.parametrize("sampler", ["piadm-sde", "piadm-ode", "parallel", "exact", "sequential"])
 def test_the_record_alone_reproduces_the_run(tmp_path: Path, own: Path, sampler: str) -> None:
     options = ("--iterations", 3) if sampler.startswith("piadm") else ("--scheduler", "ddim", "--eta", 0.3)
     run = ("--model", f"{own}:points", "--num-inference-steps", 30, "--seed", 3, "--sampler", sampler, *options)
@@ -216,6 +229,9 @@ BAD = [
     (("--eta", "0.5"), "--eta is 0.5", "--scheduler ddim"),
     (("--scheduler", "ddim", "--eta", "2"), "--eta is 2.0", "from 0"),
     (("--sampler", "sequential", "--compare"), "--compare", "parallel"),
+    (("--sampler", "exact", "--compare"), "--compare", "parallel"),
+    (("--sampler", "exact", "--tolerance", "0.1"), "--tolerance is 0.1", "only to parallel"),
+    (("--sampler", "exact", "--scheduler", "ddim"), "--scheduler is 'ddim'", "--eta above 0"),
 ]
 
 

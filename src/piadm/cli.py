@@ -142,7 +142,10 @@ def sample(
             scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
             chosen = Parallel(denoiser, scheme, tolerance=tolerance, **fit)
         elif sampler is SamplerName.exact:
-            chosen = Exact(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta), **fit)
+            scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
+            remedy = "its steps have no noise, so no law to be exact in; use ddpm, or ddim with --eta above 0"
+            require(scheme(denoiser.schedule).stochastic, "scheduler", scheduler.value, remedy)
+            chosen = Exact(denoiser, scheme, **fit)
         else:
             chosen = Sequential(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta))
         _prepare(output)

@@ -1,31 +1,32 @@
 r"""Rounds that are exact in law: a solver whose samples follow the sequential scheme's law, whatever the drafts.
 
-A window holds for every step a *draft mean* $\tilde μ_m$ and the draft $x_{m+1} = \tilde μ_m + C_m ξ_m$. A round evaluates $f$
-at the drafts, which gives the means they ought to have had, $μ_m = A_m x_m + B_m f(x_m)$, and then scans from the first
-unfinished step, whose state $x_m$ is final. With $e_m = C_m^{-1} (\tilde μ_m - μ_m)$:
+A window holds for every step a *draft mean* $\tilde μ_m$ and the draft $x_{m+1} = \tilde μ_m + C_m ξ_m$. A round evaluates
+$f$ at the drafts, which gives the means they ought to have had, $μ_m = A_m x_m + B_m f(x_m)$. Then every sample is scanned on
+its own, from its first unfinished step on, whose state $x_m$ is final. With $e_m = C_m^{-1} (\tilde μ_m - μ_m)$:
 
-- while the $‖e‖$ of this scan add up to `threshold` at most, draw $u_m$ and keep $x_{m+1}$ if
-  $\log u_m \le -⟨ξ_m, e_m⟩ - ‖e_m‖^2/2$; otherwise reflect, $x_{m+1} = μ_m + C_m (ξ_m - 2 ⟨e_m, ξ_m⟩ e_m / ‖e_m‖^2)$, and stop;
-- once they add up to more, or $C_m$ has no inverse, recompute, $x_{m+1} = μ_m + C_m ξ_m$, and stop.
+- if $‖e_m‖ \le θ$, the `threshold`, draw $u_m$ and keep $x_{m+1}$ if $\log u_m \le -⟨ξ_m, e_m⟩ - ‖e_m‖^2/2$; otherwise reflect,
+  $x_{m+1} = μ_m + C_m (ξ_m - 2 ⟨e_m, ξ_m⟩ e_m / ‖e_m‖^2)$, and stop;
+- if $‖e_m‖ > θ$ or $C_m$ has no inverse, recompute, $x_{m+1} = μ_m + C_m ξ_m$, and stop.
 
-Either way the step at which the scan stopped is finished too, so a round finishes at least one. Its state moved, so what the
-network said of later ones is about other states: they are refined as in `piadm.solver`, the change carried on by $J$, and
-tested in a later round.
+The step at which a scan stops is finished too, since its $x_m$ is final and $f$ was evaluated there; so every round finishes at
+least one. Its $x_{m+1}$ moved, and what the network said of later states is about other ones: they are refined as in
+`piadm.solver`, where $J$ carries the move on, and tested in a later round.
 
-*Why it is exact.* Let $F_m$ be everything drawn for steps before $m$: their $ξ$ and $u$. In every round $\tilde μ_m$ and $J_m$
-are functions of $F_m$ (causality), and so are $μ_m$, $e_m$ and the choice between testing and recomputing, for the scan reaches
-$m$ in order. The pair $(ξ_m, u_m)$ is independent of $F_m$ and serves once, since a step that was reached is finished. So given
-$F_m$ the test is the reflection maximal coupling of $N(\tilde μ_m, C_m C_m^⊤)$ and $N(μ_m, C_m C_m^⊤)$, whose second marginal
-is $x_{m+1} \sim N(μ_m, C_m C_m^⊤)$: the sequential scheme's step.
+*Why it is exact.* Let $F_m$ be what was drawn for the steps before $m$, their $ξ$ and $u$. In every round $\tilde μ_m$ is a
+function of $F_m$ (causality), and so are $μ_m$, $e_m$ and the choice between testing and recomputing, since a scan comes to
+$m$ by the tests of earlier steps alone. $(ξ_m, u_m)$ is independent of $F_m$ and used once: a step that a scan came to is
+finished. So given $F_m$ a test is the reflection maximal coupling of $N(\tilde μ_m, C_m C_m^⊤)$ with $N(μ_m, C_m C_m^⊤)$:
+whatever the former, $x_{m+1}$ has the latter law, that of the scheme's step.
 
-A test rejects with probability $2 Φ(‖e‖/2) - 1 < 0.4 ‖e‖$, so a scan that may add up to $θ$ ends in a rejection with
-probability at most $0.4\, θ$.
+A test rejects with probability $2 Φ(‖e_m‖/2) - 1 < 0.4 ‖e_m‖$.
 
-*In floating point* $\tilde μ_m$ is kept beside the draft, so the choice to test is independent of $ξ_m$ to the last bit. What
-remains is rounding, as in the sequential sampler: states are off by units in the last place, and $u$ has 24 or 53 bits.
+*In floating point* draft means are kept beside the drafts, so that the choice to test does not depend on $ξ_m$ to the last
+bit. What remains is rounding, as in the sequential sampler: with means off by $δ_m$, a few units in the last place, the law is
+off by $\mathrm{KL} \le \sum_m E ‖C_m^{-1} δ_m‖^2 / 2$; and $u_m$ is a multiple of $2^{-24}$ (float32) or $2^{-53}$, to which
+the probability of keeping a draft is rounded.
 
-References: reflection maximal coupling: Jacob, O'Leary, Atchadé, 2020 (arXiv 1708.03625), section 4; tests of drafts for
-diffusion: De Bortoli et al., 2025 (arXiv 2501.05370); drafts from Picard iteration: ours.
+References: reflection maximal coupling: Jacob, O'Leary, Atchadé, 2020 (arXiv 1708.03625), section 4; tests of drafts in
+diffusion: De Bortoli et al., 2025 (arXiv 2501.05370), whose drafts come from one frozen network output.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class SpeculativeSolver(Solver):
     """`Solver` with tests in place of a stopping rule; `tolerance` and `variance` are not used.
 
     Arguments:
-        threshold: Most that the $‖e‖$ of one scan's tests may add up to.
+        threshold: $θ$.
     """
 
     threshold: float = field(kw_only=True)
@@ -146,10 +147,7 @@ class SpeculativeSolver(Solver):
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         mean = torch.where(scan.rejected[:, None, :, None], mean + mix(C, scan.noise - xi), mean)
         mean = torch.where(scan.kept[:, None, :, None], state.mean, mean)
-        finished = scan.kept | scan.ended
-        jacobian = self.propagator.jacobian(rows, pair)
-        jacobian = torch.where(finished[:, None, None, :, None], 0.0, jacobian)
-        mean = sweep(mean, jacobian, torch.cat([x[:1], state.mean]))[1:]
+        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], state.mean]))[1:]
         new = _states(x, mean, rows, xi)
 
         after = replace(
@@ -165,7 +163,7 @@ class SpeculativeSolver(Solver):
             accepted=state.accepted + scan.kept.sum(0).cpu(),
             rejected=state.rejected + scan.rejected.sum(0).cpu(),
         )
-        ready = state.start + finished.sum(0).cpu()
+        ready = state.start + (scan.kept | scan.ended).sum(0).cpu()
         moved = self._advance(after, ready, new, state.error.expand(3, len(new), -1))
         return self._draft(moved, mean, moved.start - state.start, state.stop - moved.start)
 

@@ -62,7 +62,7 @@ _PAPERS = (SamplerName.piadm_sde, SamplerName.piadm_ode)
 _SERVES = {
     **dict.fromkeys(("scheduler", "eta"), (SamplerName.parallel, SamplerName.exact, SamplerName.sequential)),
     **dict.fromkeys(("window", "max_memory"), (SamplerName.parallel, SamplerName.exact)),
-    "tolerance": (SamplerName.parallel,),
+    **dict.fromkeys(("tolerance", "target_kl"), (SamplerName.parallel,)),
     **dict.fromkeys(("iterations", "horizon", "block", "early_stop"), _PAPERS),
     "compare": (*_PAPERS, SamplerName.parallel),
 }
@@ -110,6 +110,10 @@ def sample(
         ),
     ] = "32",
     tolerance: Annotated[float, typer.Option(help="parallel: rms distance from the sequential sample.")] = 1e-2,
+    target_kl: Annotated[
+        float | None,
+        typer.Option(help="parallel: in place of the tolerance, divergence from the sequential law, in nats, at most."),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +144,7 @@ def sample(
             chosen = _published(sampler, denoiser, num_inference_steps, horizon, block, early_stop, iterations)
         elif sampler is SamplerName.parallel:
             scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
-            chosen = Parallel(denoiser, scheme, tolerance=tolerance, **fit)
+            chosen = Parallel(denoiser, scheme, tolerance=tolerance, target_kl=target_kl, **fit)
         elif sampler is SamplerName.exact:
             chosen = Exact(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta), **fit)
         else:
@@ -230,6 +234,7 @@ def _table(run: Run, result: Result, sequential: Result | None) -> Grid:
     if result.acceptance is not None:
         grid.add_row("tests accepted per sample", f"{result.acceptance.accepted.double().mean():.4g}")
         grid.add_row("rejected", f"{result.acceptance.rejected.double().mean():.4g}")
+    grid.add_row("certificate", *(str(one.certificate) for one in runs))
     grid.add_row("wall time", *(f"{one.seconds:.3g} s" for one in runs))
     if sequential is not None:
         grid.add_row("time ratio", f"{sequential.seconds / result.seconds:.3g}× as fast", "1")

@@ -24,7 +24,7 @@ FLOORS = [
     {"solver"},
     {"speculative"},
     {"samplers"},
-    {"published", "exact"},
+    {"published", "exact", "gaussian_law"},
     {"models", "planner", "diffusers", "pictures"},
     {"record"},
     {"cli"},

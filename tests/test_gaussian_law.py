@@ -36,7 +36,7 @@ def test_laws_of_the_papers_algorithms_are_those_of_linear_algebra(corrector, ro
     found = gaussian_law(sampler, KINDS)
     expected = [law(v, *DESIGN.values(), rounds, weight=weight, corrector=after).variance for v in V]
     assert found.variance.tolist() == pytest.approx(expected, rel=EXACT)
-    reference = sequential_law(TOLD, sampler.table, KINDS)
+    reference = sequential_law(TOLD.schedule, sampler.table, KINDS)
     expected = [law(v, *DESIGN.values(), None, weight=weight, corrector=sequential).variance for v in V]
     assert reference.variance.tolist() == pytest.approx(expected, rel=EXACT)
     total = sum(kl(a, b) for a, b in zip(found.variance.tolist(), reference.variance.tolist(), strict=True))
@@ -60,7 +60,7 @@ def test_law_and_certificate_are_those_of_the_sampler_on_impulses(monkeypatch, p
 
 @pytest.mark.parametrize("goal", [{"tolerance": 1e-2}, {"target_kl": 0.1}], ids=["tolerance", "target"])
 def test_adaptive_runs_with_secants_tend_to_their_law_as_the_dimension_grows(goal):
-    """Rounds and evaluations are those of the limit, the divergence is off by the fluctuation of averages over d coordinates."""
+    """Rounds and evaluations are the limit's, the divergence is off by the fluctuation of averages over d coordinates."""
     d = 20_000
     scheme, variances = piadm.ExponentialSDE(4.0, 1.0, 0.1, 0.01), KINDS.repeat(d // len(V))
     told = piadm.Parallel(TOLD, scheme, propagator=Secant(0.5), window=None, fill=piadm.fills.Jump(0.0, 0.5), **goal)
@@ -86,7 +86,7 @@ def test_the_divergence_of_a_product_target_at_d_of_a_trillion_needs_no_sampling
     totals = []
     for rounds in (6, 8, 10, 12, 14):
         sampler = piadm.PIADMSDE(denoiser, **DESIGN, iterations=rounds)
-        reference = sequential_law(denoiser, sampler.table, torch.tensor([0.25]))
+        reference = sequential_law(denoiser.schedule, sampler.table, torch.tensor([0.25]))
         totals.append(1e12 * gaussian_law(sampler, torch.tensor([0.25])).divergence(reference.variance))
     assert totals[0] == pytest.approx(3.19e5, rel=5e-3)
     assert all(later < earlier / 1e3 for earlier, later in pairwise(totals[:3]))

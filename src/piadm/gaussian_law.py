@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piadm.denoiser import DenoiserLike
 from piadm.errors import require
 from piadm.noise import Noise
 from piadm.samplers import Parallel
+from piadm.schedules import Schedule
 from piadm.solver import Request, Solver
 from piadm.tables import Table
 from piadm.targets import Gaussian
@@ -113,16 +113,16 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
     return Law(spread, nats / per_coordinate, state.rounds, float(state.evaluations))
 
 
-def sequential_law(denoiser: DenoiserLike, table: Table, variance: Tensor) -> Law:
+def sequential_law(schedule: Schedule, table: Table, variance: Tensor) -> Law:
     r"""The law of the sequential run of a table, $Σ' = F Σ F^\top + C C^\top$ with $F = A + B L e_0^\top$, step by step.
 
     Arguments:
-        denoiser: For its schedule.
+        schedule: What the table's times mean.
         table: The steps.
         variance: $v$ of each kind of coordinate, shape `(n,)`.
     """
     v = torch.as_tensor(variance, dtype=torch.float64).reshape(-1, 1)
-    alpha, sigma = denoiser.schedule.alpha(table.times), denoiser.schedule.sigma(table.times)
+    alpha, sigma = schedule.alpha(table.times), schedule.sigma(table.times)
     gain = alpha * v / (alpha**2 * v + sigma**2)  # (n, M)
     F = table.A.repeat(len(v), 1, 1, 1)
     F[..., 0] += gain[..., None] * table.B

@@ -38,7 +38,7 @@ from piadm.propagators import Exponential
 from piadm.samplers import Parallel
 from piadm.schedules import OrnsteinUhlenbeck
 from piadm.targets import Gaussian
-from piadm.windows import Blocks, Pipelined
+from piadm.windows import Blocks, Window
 
 Method = Literal["sde", "ode"]
 WIDE = 4.0
@@ -134,7 +134,18 @@ class Plan:
 def plan(
     dimension: int, tolerance: float, *, lipschitz: float = 1.0, method: Method = "sde", early_stop: float | None = None
 ) -> Plan:
-    r"""A configuration whose output is within `tolerance` of the data at time `early_stop`.
+    """The theorem's configuration, with what exact laws say suffices as its `sufficient`; takes some seconds.
+
+    Arguments and errors are those of `theorem`.
+    """
+    found = theorem(dimension, tolerance, lipschitz=lipschitz, method=method, early_stop=early_stop)
+    return replace(found, sufficient=_sufficient(found))
+
+
+def theorem(
+    dimension: int, tolerance: float, *, lipschitz: float = 1.0, method: Method = "sde", early_stop: float | None = None
+) -> Plan:
+    r"""The configuration with which the theorem puts the output within `tolerance` of the data at time `early_stop`.
 
     Arguments:
         dimension: $d$.
@@ -168,7 +179,7 @@ def plan(
         time = 1 / math.sqrt(lipschitz)
         corrector = Corrector(1 / time, time, 1, time * min(1.0, tolerance / math.sqrt(dimension)), iterations)
         found = Plan(*common, step, early_stop, iterations, corrector)
-    return replace(found, sufficient=_sufficient(found))
+    return found
 
 
 def _contracting(lipschitz: float) -> float:
@@ -186,16 +197,16 @@ def _kinds(one: Plan) -> tuple[Tensor, Tensor]:
     return v, math.exp(-one.early_stop) * v - math.expm1(-one.early_stop)
 
 
-def _sufficient(theorem: Plan) -> Plan:
-    """The fewest rounds among some block lengths, each with its own horizon, step and rounds by the exact law."""
-    variance, data = _kinds(theorem)
-    budget = theorem.tolerance**2 / 9 / theorem.dimension  # of each of three parts, for each coordinate
-    horizon = sufficient_horizon(variance, data, theorem.early_stop, budget, theorem.method == "sde")
+def _sufficient(wanted: Plan) -> Plan:
+    """The fewest rounds among some block lengths, each with its own step and rounds by the exact law."""
+    variance, data = _kinds(wanted)
+    budget = wanted.tolerance**2 / 9 / wanted.dimension  # of each of three parts, for each coordinate
+    horizon = sufficient_horizon(variance, data, wanted.early_stop, budget, wanted.method == "sde")
     found = []
-    for block in (0.5, 1.0, 2.0, 4.0):
-        if not theorem.early_stop < block / 2:
+    for block in (1.0, 2.0, 4.0):
+        if not wanted.early_stop < block / 2:
             continue
-        one = replace(theorem, horizon=max(horizon, block), block=block, sufficient=None)
+        one = replace(wanted, horizon=max(horizon, block), block=block, sufficient=None)
         one = at_step(one, sufficient_step(one, variance, data, 4 * budget))
         found.append(with_rounds(one, sufficient_rounds(one, variance, budget)))
     return min(found, key=lambda one: (one.rounds, one.evaluations))
@@ -270,27 +281,37 @@ def _bisect(fits: Callable[[float], bool], high: float) -> float:
     return low
 
 
-def sufficient_rounds(one: Plan, variance: Tensor, budget: float, pipelined: bool = False, per_block: int = 16) -> int:
+def sufficient_rounds(
+    one: Plan, variance: Tensor, budget: float, window: Callable[[int], Window] = Blocks, per_unit: int = 32
+) -> int:
     r"""The least $K$ with which the parallel output is within `budget` a coordinate of the sequential one.
 
-    At `per_block` steps a block at most: how fast Picard rounds contract depends on the block's length, hardly on its steps.
+    At `per_unit` steps a block, and a unit of time, at most: how fast Picard rounds contract depends on the block's length,
+    hardly on its steps (twice as many than that raised $K$ by none or one). Searched with a fourth of them first.
+
+    Arguments:
+        one: Everything but $K$.
+        variance: $v$ of each kind of coordinate.
+        budget: In nats.
+        window: `Blocks`, or `Pipelined`.
+        per_unit: The finest grid to look at.
     """
-    length = one.horizon / one.blocks
-    coarse = at_step(one, max(one.step, length / per_block))
-    schedule, scheme = OrnsteinUhlenbeck(), coarse.scheme()
-    denoiser = Denoiser(Gaussian(), schedule, "sample", variance=1.0)  # the law looks at its schedule alone
-    reference = sequential_law(schedule, scheme(schedule), variance).variance
-
-    def close(iterations: int) -> bool:
-        window = Pipelined(iterations) if pipelined else Blocks(iterations)
-        sampler = Parallel(denoiser, scheme, propagator=Exponential(), window=window, fill=Copy())
-        return divergence(gaussian_law(sampler, variance).variance, reference) <= budget
-
-    high = 1
-    while not close(high):
-        high *= 2
-    low = high // 2
+    low, high = 0, 1
+    while not _close(one, variance, budget, window(high), per_unit // 4):
+        low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if close(middle) else (middle, high)
+        low, high = (low, middle) if _close(one, variance, budget, window(middle), per_unit // 4) else (middle, high)
+    while not _close(one, variance, budget, window(high), per_unit):
+        high += 1
     return high
+
+
+def _close(one: Plan, variance: Tensor, budget: float, window: Window, per_unit: int) -> bool:
+    """Whether the law in that window is within `budget` of the sequential one."""
+    length, schedule = one.horizon / one.blocks, OrnsteinUhlenbeck()
+    scheme = at_step(one, max(one.step, min(length, 1.0) / per_unit)).scheme()
+    denoiser = Denoiser(Gaussian(), schedule, "sample", variance=1.0)  # the law looks at its schedule alone
+    sampler = Parallel(denoiser, scheme, propagator=Exponential(), window=window, fill=Copy())
+    reference = sequential_law(schedule, sampler.table, variance).variance
+    return divergence(gaussian_law(sampler, variance).variance, reference) <= budget

@@ -32,8 +32,8 @@ class Law:
 
     Attributes:
         variance: The output's, shape `(n,)`, float64.
-        nats: The certificate's expectation for each coordinate, $\mathbb{E} \sum_m δ_m^2 / (2 C_m^2)$, averaged over kinds;
-            0 for a sequential run.
+        nats: The certificate's expectation for each coordinate, $\mathbb{E} \sum_m δ_m^2 / (2 C_m^2)$, averaged over kinds:
+            measured where the sampler audits or has a target, else estimated; 0 for a sequential run.
         rounds: Rounds.
         evaluations: Network rows.
     """
@@ -98,7 +98,7 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
     scale = per_coordinate / (len(variance) if dimension is None else dimension)
     target = None if sampler.target_kl is None else sampler.target_kl * scale
     policies = sampler.propagator, sampler.window, sampler.fill, sampler.tolerance, told.variance
-    solver = Solver(table, noise, *policies, target_kl=target, keep=True)
+    solver = Solver(table, noise, *policies, target_kl=target, keep=sampler.audit)
     denoiser = Gaussian(0.0, variance.repeat_interleave(noise.count), schedule=told.schedule)
 
     def network(request: Request) -> Tensor:
@@ -109,6 +109,8 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
         state = solver.update(state, network(solver.request(state)))
         if state.left is not None:
             nats += float(solver.measure(state.left, network(solver.request(state.left)))[0])
+    if not sampler.audit:
+        nats = float(state.nats)
     spread = state.finished().reshape(len(variance), -1).square().mean(1)
     return Law(spread, nats / per_coordinate, state.rounds, float(state.evaluations))
 

@@ -63,7 +63,9 @@ def test_adaptive_runs_with_secants_tend_to_their_law_as_the_dimension_grows(goa
     """Rounds and evaluations are the limit's, the divergence is off by the fluctuation of averages over d coordinates."""
     d = 20_000
     scheme, variances = piadm.ExponentialSDE(4.0, 1.0, 0.1, 0.01), KINDS.repeat(d // len(V))
-    told = piadm.Parallel(TOLD, scheme, propagator=Secant(0.5), window=None, fill=piadm.fills.Jump(0.0, 0.5), **goal)
+    told = piadm.Parallel(
+        TOLD, scheme, propagator=Secant(0.5), window=None, fill=piadm.fills.Jump(0.0, 0.5), audit=True, **goal
+    )
     target = piadm.targets.Gaussian(0.0, variances)
     exact = piadm.Denoiser(target, target.schedule, "sample", variance=0.5)  # what the sampler is told
     sampler = piadm.Parallel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -58,8 +58,8 @@ class Result:
     certificate: Certificate
     seconds: float
     network_seconds: float
-    acceptance: Acceptance | None = None
-    choice: Choice | None = None
+    acceptance: Acceptance | None = field(default=None, kw_only=True)
+    choice: Choice | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         return (

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare, exact, promise
+from benchmarks import compare, exact, promise, scaling
 from piadm.stopping import SAFETY
 
 
@@ -71,3 +71,24 @@ def test_the_two_sample_test_sees_a_mean_a_variance_and_a_correlation_that_diffe
     turned[:, 0] = 0.8 * other[:, 0] + 0.6 * other[:, 1]
     for changed in (other + 0.2, other * 1.2, turned):
         assert exact.evidence(one, changed) < 1e-6
+
+
+def test_scaling_counts_rounds_by_exact_laws_and_by_sampling(tmp_path):
+    scaling.main(["--largest", "2", "--sampled", "1", "--output", str(tmp_path)])
+    _, tables = tables_of(tmp_path / "scaling.json")
+    low, high = tables["Rounds and bytes for KL ≤ 0.01"]
+    assert (low["d"], high["d"]) == ("1e1", "1e2")
+    # ten times the dimension is ten times the steps by the path, a logarithm more for the horizon, and about √10 by the output
+    assert 10 < high["sequential SDE, path"] / low["sequential SDE, path"] < 14
+    assert 2 < high["sequential SDE, output"] / low["sequential SDE, output"] < 6
+    for row in (low, high):
+        assert row["piadm.Parallel"] < row["pipelined"] < row["PIADM-SDE, output"] <= row["PIADM-SDE, path"]
+        assert row["PIADM-SDE, output"] < row["sequential SDE, output"]
+    (sampled,) = tables["By sampling"]
+    assert sampled["PIADM-SDE rounds"] == low["PIADM-SDE, output"]
+    assert abs(sampled["its certificate"] - sampled["expected"]) < 4.5 * sampled["±"]
+    assert sampled["its KL, exact"] < sampled["expected"]
+    assert 0 < sampled["its certificate (≤ 1.1e-3)"] <= scaling.DELTA**2 / 9
+    earned = tables["With and without the corrector"]
+    assert all(row["KL from sequential, with"] < row["KL from sequential, without"] for row in earned)
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000

@@ -127,6 +127,25 @@ def test_an_exact_run_counts_its_tests(tmp_path: Path) -> None:
     assert "rejected" in text
 
 
+def test_the_certificate_is_in_the_table_and_in_the_record(tmp_path: Path) -> None:
+    text, record, _ = good(tmp_path, *DIGITS, "--target-kl", 0.1, "--compare")
+    certificate = record["result"]["certificate"]
+    assert certificate["rigorous"]
+    assert 0 < certificate["kl"] <= 0.1
+    assert certificate["tv"] == pytest.approx((certificate["kl"] / 2) ** 0.5, rel=1e-3)
+    assert 0 < certificate["standard_error"] < 0.1
+    assert (certificate["calls"], certificate["evaluations"], certificate["rms"]) == (0, 0, 0)
+    assert f"KL ≤ {certificate['kl']:.2g}" in text
+    assert "rigorous" in text
+    assert record["sequential"]["certificate"]["kl"] == 0
+
+    _, record, _ = good(tmp_path, *DIGITS, "--scheduler", "ddim")
+    certificate = record["result"]["certificate"]
+    assert (certificate["kl"], certificate["standard_error"], certificate["tv"]) == (None, None, None)
+    assert certificate["rms"] > 0
+    assert not certificate["rigorous"]
+
+
 @pytest.mark.parametrize("sampler", ["piadm-sde", "piadm-ode", "parallel", "exact", "sequential"])
 def test_the_record_alone_reproduces_the_run(tmp_path: Path, own: Path, sampler: str) -> None:
     options = ("--iterations", 3) if sampler.startswith("piadm") else ("--scheduler", "ddim", "--eta", 0.3)
@@ -221,6 +240,9 @@ BAD = [
     (("--num-samples", "0"), "--num-samples is 0", "at least 1"),
     (("--window", "0"), "--window is 0", "at least 1"),
     (("--tolerance", "-1"), "--tolerance is -1.0", "above 0"),
+    (("--target-kl", "0"), "--target-kl is 0.0", "above 0"),
+    (("--target-kl", "1", "--scheduler", "ddim"), "--target-kl is 1.0", "steps without noise"),
+    (("--target-kl", "1", "--sampler", "sequential"), "--target-kl is 1.0", "parallel"),
     (("--seed", "-1"), "--seed is -1", "from 0"),
     (("--guidance-scale", "inf"), "--guidance-scale is inf", "finite"),
     (("--sampler", "piadm-sde", "--block", "11"), "--block is 11.0", "horizon"),

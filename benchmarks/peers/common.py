@@ -2,6 +2,7 @@ r"""What the peers share: a run that counts network calls, the noise scale of th
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.certificate import Certificate
 from piadm.denoiser import DenoiserLike
 from piadm.errors import NonFiniteError, require
 from piadm.noise import GeneratorLike, Noise
@@ -91,7 +93,7 @@ class Peer(_Sampler):
         noise: Tensor | None = None,
         **condition: Any,
     ) -> Result:
-        """Draws samples. `error` of the result is NaN: none of the methods estimates its distance from the sequential one."""
+        """Draws samples. `error` of the result is NaN: none of the methods estimates its distance from sequential."""
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         run = Run(self.table, _Network(self.denoiser, event, len(x), condition), source, len(x))
@@ -106,6 +108,7 @@ class Peer(_Sampler):
                 "windows": tuple(run.windows),
                 "converged": converged,
                 "error": x.new_full((len(x),), torch.nan),
+                "certificate": Certificate(kl=None, standard_error=None, rms=math.nan, rigorous=False),
                 "seconds": time.perf_counter() - started,
                 "network_seconds": run.network.seconds,
             }

@@ -13,6 +13,7 @@ from piadm.errors import NonFiniteError
 from piadm.exact import Exact
 from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
+from piadm.planner import Plan, plan
 from piadm.published import PIADMODE, PIADMSDE
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
@@ -37,6 +38,7 @@ __all__ = [
     "MicroBatch",
     "NonFiniteError",
     "Parallel",
+    "Plan",
     "Result",
     "Sequential",
     "Solver",
@@ -45,6 +47,7 @@ __all__ = [
     "Wrapper",
     "fills",
     "models",
+    "plan",
     "propagators",
     "schedules",
     "targets",

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -23,8 +23,10 @@ from piadm import models
 from piadm.denoiser import DenoiserLike, Guided
 from piadm.errors import NonFiniteError, require, require_count
 from piadm.exact import Exact
-from piadm.exponential import ExponentialSDE
+from piadm.exponential import Corrector, ExponentialSDE
 from piadm.pictures import is_image
+from piadm.planner import Method, Plan
+from piadm.planner import plan as make_plan
 from piadm.published import PIADMODE, PIADMSDE
 from piadm.record import Run, distance, write_finished, write_run
 from piadm.result import Result
@@ -58,11 +60,16 @@ class SchedulerName(str, Enum):
     euler = "euler"
 
 
+class MethodName(str, Enum):
+    sde = "sde"
+    ode = "ode"
+
+
 _PAPERS = (SamplerName.piadm_sde, SamplerName.piadm_ode)
 _SERVES = {
     **dict.fromkeys(("scheduler", "eta"), (SamplerName.parallel, SamplerName.exact, SamplerName.sequential)),
     **dict.fromkeys(("window", "max_memory"), (SamplerName.parallel, SamplerName.exact)),
-    "tolerance": (SamplerName.parallel,),
+    **dict.fromkeys(("tolerance", "target_kl"), (SamplerName.parallel,)),
     **dict.fromkeys(("iterations", "horizon", "block", "early_stop"), _PAPERS),
     "compare": (*_PAPERS, SamplerName.parallel),
 }
@@ -110,6 +117,10 @@ def sample(
         ),
     ] = "32",
     tolerance: Annotated[float, typer.Option(help="parallel: rms distance from the sequential sample.")] = 1e-2,
+    target_kl: Annotated[
+        float | None,
+        typer.Option(help="parallel: in place of the tolerance, divergence from the sequential law, in nats, at most."),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +151,7 @@ def sample(
             chosen = _published(sampler, denoiser, num_inference_steps, horizon, block, early_stop, iterations)
         elif sampler is SamplerName.parallel:
             scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
-            chosen = Parallel(denoiser, scheme, tolerance=tolerance, **fit)
+            chosen = Parallel(denoiser, scheme, tolerance=tolerance, target_kl=target_kl, **fit)
         elif sampler is SamplerName.exact:
             scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
             remedy = "its steps have no noise, so no law to be exact in; use ddpm, or ddim with --eta above 0"
@@ -179,6 +190,65 @@ def _memory(given: str | None) -> float | None:
         return int(given) if given.isdecimal() else float(given)
     except ValueError:
         raise ValueError(f"`max_memory` is {given!r}: give bytes, such as 2000000000, or a fraction, such as 0.5") from None
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    dimension: Annotated[int, typer.Option(help="d, the numbers in a sample.")],
+    tolerance: Annotated[
+        float, typer.Option(help="δ: KL ≤ δ² for sde, TV ≤ δ for ode, from data noised for early_stop.")
+    ] = 0.1,
+    lipschitz: Annotated[float, typer.Option(help="Lipschitz constant of the score, at least 1.")] = 1.0,
+    method: Annotated[MethodName, typer.Option(help="PIADM-SDE or PIADM-ODE.")] = MethodName.sde,
+    early_stop: Annotated[
+        float | None, typer.Option(help="Time at which sampling ends; 1e-3, or less for short blocks.")
+    ] = None,
+) -> None:
+    """Says how arXiv 2405.15986 would set its samplers, and what exact laws of Gaussian data say suffices."""
+    try:
+        name: Method = "sde" if method is MethodName.sde else "ode"
+        theorem = make_plan(dimension, tolerance, lipschitz=lipschitz, method=name, early_stop=early_stop)
+    except (ValueError, TypeError) as error:
+        typer.echo(f"piadm plan: {_in_options(str(error), context)}", err=True)
+        raise typer.Exit(2) from None
+    Console().print(_plan_table(theorem))
+
+
+def _plan_table(theorem: Plan) -> Grid:
+    plans = [one for one in (theorem, theorem.sufficient) if one is not None]
+    grid = Grid(f"PIADM-{theorem.method.upper()}, d = {theorem.dimension:.3g}, δ = {theorem.tolerance:g}")
+    for name in (f"theorem {'3.3' if theorem.method == 'sde' else '3.5'}", "Gaussian data need"):
+        grid.add_column(name, justify="right")
+    rows: dict[str, Callable[[Plan], float]] = {
+        "horizon T": lambda one: one.horizon,
+        "block h": lambda one: one.block,
+        "blocks N": lambda one: one.blocks,
+        "step ε": lambda one: one.step,
+        "steps a block M": lambda one: one.block_steps,
+        "rounds a block K": lambda one: one.iterations,
+        "early stop η": lambda one: one.early_stop,
+    }
+    corrector: dict[str, Callable[[Corrector], float]] = {
+        "corrector: friction γ": lambda one: one.friction,
+        "horizon T†": lambda one: one.horizon,
+        "blocks N†": lambda one: one.blocks,
+        "step ε†": lambda one: one.step,
+        "rounds K†": lambda one: one.iterations,
+    }
+    costs: dict[str, Callable[[Plan], float]] = {
+        "rounds": lambda one: one.rounds,
+        "evaluations per sample": lambda one: one.evaluations,
+        "network calls one by one": lambda one: one.steps,
+        "bytes of a block's states": lambda one: one.memory,
+    }
+    for name, value in rows.items():
+        grid.add_row(name, *(f"{value(one):.3g}" for one in plans))
+    for name, number in corrector.items() if theorem.corrector is not None else ():
+        grid.add_row(name, *(f"{number(one.corrector):.3g}" for one in plans if one.corrector is not None))
+    for name, value in costs.items():
+        grid.add_row(name, *(f"{value(one):.3g}" for one in plans))
+    return grid
 
 
 def _run(
@@ -233,6 +303,7 @@ def _table(run: Run, result: Result, sequential: Result | None) -> Grid:
     if result.acceptance is not None:
         grid.add_row("tests accepted per sample", f"{result.acceptance.accepted.double().mean():.4g}")
         grid.add_row("rejected", f"{result.acceptance.rejected.double().mean():.4g}")
+    grid.add_row("certificate", *(str(one.certificate) for one in runs))
     grid.add_row("wall time", *(f"{one.seconds:.3g} s" for one in runs))
     if sequential is not None:
         grid.add_row("time ratio", f"{sequential.seconds / result.seconds:.3g}× as fast", "1")

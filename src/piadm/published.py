@@ -3,9 +3,10 @@ r"""The paper's two samplers, exactly as published (arXiv 2405.15986), as instan
 from __future__ import annotations
 
 from piadm.denoiser import DenoiserLike
-from piadm.errors import require_count
+from piadm.errors import require, require_count
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
 from piadm.fills import Copy
+from piadm.planner import Plan
 from piadm.propagators import Exponential
 from piadm.samplers import Parallel
 from piadm.windows import Blocks
@@ -57,6 +58,19 @@ class PIADMSDE(Parallel):
         """With the smallest step for which the whole run has at most `steps` of them."""
         step = ExponentialSDE.with_steps(steps, horizon, block, early_stop).step
         return cls(denoiser, horizon=horizon, block=block, step=step, early_stop=early_stop, iterations=iterations)
+
+    @classmethod
+    def from_plan(cls, plan: Plan, denoiser: DenoiserLike) -> PIADMSDE:
+        """The sampler that `piadm.plan(…, method="sde")`, or its `sufficient`, describes."""
+        require(plan.method == "sde", "plan", plan.method, "is for PIADMODE")
+        return cls(
+            denoiser,
+            horizon=plan.horizon,
+            block=plan.block,
+            step=plan.step,
+            early_stop=plan.early_stop,
+            iterations=plan.iterations,
+        )
 
 
 class PIADMODE(Parallel):
@@ -123,4 +137,18 @@ class PIADMODE(Parallel):
             early_stop=early_stop,
             iterations=iterations,
             corrector=corrector,
+        )
+
+    @classmethod
+    def from_plan(cls, plan: Plan, denoiser: DenoiserLike) -> PIADMODE:
+        """The sampler that `piadm.plan(…, method="ode")`, or its `sufficient`, describes."""
+        require(plan.method == "ode", "plan", plan.method, "is for PIADMSDE")
+        return cls(
+            denoiser,
+            horizon=plan.horizon,
+            block=plan.block,
+            step=plan.step,
+            early_stop=plan.early_stop,
+            iterations=plan.iterations,
+            corrector=plan.corrector,
         )

@@ -124,20 +124,30 @@ def _acceptance(result: Result) -> dict[str, list[int]] | None:
 
 
 def _figures(result: Result) -> dict[str, Any]:
+    certificate = result.certificate
     return {
         "steps": result.steps,
         "rounds": result.rounds,
         "evaluations": _rounded(result.evaluations),
+        "certificate": {
+            "kl": _rounded(certificate.kl),
+            "standard_error": _rounded(certificate.standard_error),
+            "tv": _rounded(certificate.tv),
+            "rms": _rounded(certificate.rms),
+            "rigorous": certificate.rigorous,
+            "calls": certificate.calls,
+            "evaluations": _rounded(certificate.evaluations),
+        },
         "seconds": _rounded(result.seconds),
         "network_seconds": _rounded(result.network_seconds),
     }
 
 
 def _rounded(value: Any) -> Any:
-    """To 4 significant digits; what JSON cannot hold becomes `None`."""
+    """To 4 significant digits; `None` and what JSON cannot hold become `None`."""
     if isinstance(value, list):
         return [_rounded(one) for one in value]
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], run: Run) -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     {"propagators", "windows", "sweep", "memory"},
     {"tuning"},
     {"result"},
-    {"fills", "stopping"},
+    {"fills", "stopping", "probed"},
     {"solver"},
     {"speculative"},
     {"samplers"},

@@ -14,6 +14,7 @@ from piadm.exact import Exact
 from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
 from piadm.planner import Plan, plan
+from piadm.probed import Probed
 from piadm.published import PIADMODE, PIADMSDE
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
@@ -39,6 +40,7 @@ __all__ = [
     "NonFiniteError",
     "Parallel",
     "Plan",
+    "Probed",
     "Result",
     "Sequential",
     "Solver",

@@ -36,8 +36,8 @@ class Exact(Parallel):
         window: How many steps are iterated at once, `None` for all, `"auto"` for the measured fastest, or a `Window` that
             begins at the first unfinished step.
         threshold: $θ$, in units of a step's noise: drafts whose mean is further off are recomputed, not tested. It changes the
-            number of rounds, never the law. Chosen among 0.1 to 4 by the mean rounds of `digits`, DDPM 1000, at window 128 and
-            the full one (`benchmarks/exact.py`): from 1 on they are the same, 0.1 takes one in ten more.
+            number of rounds, never the law. Chosen by the mean rounds of `digits`, DDPM 1000, at window 128 and the full one
+            (`benchmarks/exact.py`): from 1 on they are the same to 2 %, 0.1 takes 7 % more.
         max_rounds: Ends the run early; the samples are then the newest predictions of $x_0$, of no promised law, and
             `converged` is `False`.
         fill: What unvisited states hold; `Jump` with the denoiser's mean and variance by default.

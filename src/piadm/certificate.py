@@ -15,7 +15,7 @@ $$ \mathrm{KL}(\text{parallel} \,‖\, \text{sequential}) \le \mathbb{E} \sum_m 
 The expectation is over samples; a batch gives its mean and the mean's standard error.
 
 *Measured* defects come from evaluating the network at the accepted states; *estimated* ones are what the stopping rule holds
-them to be, `piadm.stopping.SAFETY` included.
+them to be, times `piadm.stopping.CAUTION`.
 
 Steps without noise have no such bound. Where they come last, as DDPM's last step does, the divergence speaks of the samples
 that the last noisy state, taken through exact steps, would give, and `rms` says how far the returned ones are from those. In

@@ -31,7 +31,7 @@ from piadm.fills import Fill
 from piadm.noise import Noise
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
-from piadm.stopping import SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
+from piadm.stopping import CAUTION, SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
@@ -214,12 +214,12 @@ class Solver:
         new = sweep(phi, jacobian, x)
         variance = state.variance if pair is None else apparent_variance(rows, pair, state.variance)
         if kept is not None:
-            carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0))
+            carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0), 1.0, 1.0)
             accepted = kept.long().sum(0).cpu() + 1
         else:
             step = x[:-1] if pair is None else x[:-1] - state.x_seen
-            size = SAFETY * misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
-            carried = self._spent(state, steps, size.masked_fill(~inside, 0.0))
+            size = misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
+            carried = self._spent(state, steps, size.masked_fill(~inside, 0.0), SAFETY, CAUTION)
             share = (steps + 1).to(size) / len(self.table)
             over = (carried[0] > self.tolerance * share.sqrt()) | ~inside
             over[0] = False
@@ -258,7 +258,7 @@ class Solver:
         rows = self._rows_at(left.start, len(valid))
         size = rms(rows.step(left.x[:-1], _dense(f, valid), left.noise) - left.x[1:]).nan_to_num(torch.inf, posinf=torch.inf)
         blank = replace(left, error=0 * left.error, nats=0 * left.nats, drift=0 * left.drift)
-        _, nats, drift = self._spent(blank, steps, size.masked_fill(~valid.to(size.device), 0.0))[:, -1]
+        _, nats, drift = self._spent(blank, steps, size.masked_fill(~valid.to(size.device), 0.0), 1.0, 1.0)[:, -1]
         return nats, drift
 
     def _within(self, target: float, state: State, steps: Tensor, defect: Tensor, inside: Tensor) -> Tensor:
@@ -270,11 +270,14 @@ class Solver:
         kept = (nats <= target * share) & (information > 0) & state.seen & inside
         return torch.cumprod(kept.long(), 0).bool()
 
-    def _spent(self, state: State, steps: Tensor, size: Tensor) -> Tensor:
-        """`error`, `nats` and `drift` after each step of the window, for defects of rms `size`, `(W, S)`; `(3, W, S)`."""
+    def _spent(self, state: State, steps: Tensor, size: Tensor, safety: float, caution: float) -> Tensor:
+        """`error`, `nats` and `drift` after each step of the window, for defects of rms `size`, `(W, S)`; `(3, W, S)`.
+
+        Estimated ones are multiplied by `safety` for the samples' error, by `caution` for the law's.
+        """
         steps = steps.to(size.device)
-        information, cost = self._information[steps], self._weights[steps] * size
-        nats = torch.where(information > 0, information * size.square() * state.x[0, :, 0].numel(), 0.0)
+        information, cost = self._information[steps], safety * self._weights[steps] * size
+        nats = torch.where(information > 0, information * (caution * size).square() * state.x[0, :, 0].numel(), 0.0)
         drift = cost.masked_fill(information > 0, 0.0)
         return torch.stack(
             [

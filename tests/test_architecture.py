@@ -16,7 +16,7 @@ FLOORS = [
     {"errors"},
     {"schedules", "noise", "progress"},
     {"denoiser", "tables"},
-    {"inputs", "targets", "executors", "schemes", "exponential", "certificate"},
+    {"inputs", "targets", "executors", "fixed", "schemes", "exponential", "certificate"},
     {"propagators", "windows", "sweep", "memory"},
     {"tuning"},
     {"result"},

@@ -13,6 +13,7 @@ from piadm.errors import NonFiniteError
 from piadm.exact import Exact
 from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
+from piadm.fixed import FixedBatch
 from piadm.planner import Plan, plan
 from piadm.probed import Probed
 from piadm.published import PIADMODE, PIADMSDE
@@ -35,6 +36,7 @@ __all__ = [
     "Exact",
     "ExponentialODE",
     "ExponentialSDE",
+    "FixedBatch",
     "Guided",
     "MicroBatch",
     "NonFiniteError",

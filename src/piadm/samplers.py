@@ -411,6 +411,8 @@ class Parallel(_Sampler):
                 if not self._repeatable and bool(run.state.seen.any()):
                     ask_again(run, self.table.times, network, self.denoiser.schedule, self.denoiser.dtype)
                     self._repeatable = True
+                if not len(run.alive):  # nothing was left for this round
+                    break
                 show(int(run.finished.min()), run.state.rounds, run.residuals[-1])
                 if callback is not None:
                     callback(run.state.rounds, run.windows[-1], run.residuals[-1])

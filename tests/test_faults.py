@@ -276,6 +276,33 @@ def test_one_bad_sample_is_reported_and_the_others_are_the_sequential_ones(kind,
     assert "other 5 samples" in str(error)
 
 
+@pytest.mark.parametrize("kind", ["sequential", 4], ids=str)
+def test_the_others_keep_their_own_conditions(kind):
+    def network(x, t, level):
+        return level[:, None] * (0.5 * x).masked_fill((level == 2)[:, None] & (t < 500)[:, None], float("nan"))
+
+    level = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    with pytest.raises(NonFiniteError) as caught:
+        make(kind, denoiser(network))((4, D), noise=start(samples=4), generator=generator(), level=level)
+    whole = piadm.Sequential(denoiser(lambda x, t, level: level[:, None] * 0.5 * x), piadm.DDPM(12))(
+        (4, D), noise=start(samples=4), generator=generator(), level=level
+    )
+    assert caught.value.samples == [1]
+    assert (caught.value.result.samples - whole.samples[[0, 2, 3]]).square().mean(1).sqrt().max() <= 1e-3
+
+
+@pytest.mark.parametrize("published", [piadm.PIADMSDE, piadm.PIADMODE])
+def test_a_step_still_broken_when_its_blocks_rounds_are_over_is_reported(published):
+    """A block of fixed rounds is left whether or not it has converged: what it never reached must not be passed on."""
+    numbers = {"horizon": 2.0, "block": 1.0, "step": 0.25, "early_stop": 0.05, "iterations": 2}
+    broken = published(denoiser(schedule=PAPER), **numbers).table.times[3]
+    network = failing(lambda x, t: t == broken.to(t.dtype))
+    with pytest.raises(NonFiniteError) as caught:
+        published(denoiser(network, PAPER), **numbers)((S, D), noise=start(), generator=generator())
+    assert (caught.value.step, caught.value.round, caught.value.samples) == (3, 2, [0, 1, 2])
+    assert caught.value.finished.tolist() == [0] * S
+
+
 def test_a_sample_that_failed_costs_nothing_more_and_is_remembered_by_a_checkpoint(tmp_path):
     times, rows, path = make(4).table.times, [], tmp_path / "run.safetensors"
 
@@ -382,6 +409,7 @@ def test_with_a_propagator_far_off_the_run_ends_within_m_rounds_at_the_sequentia
     sampler = piadm.Parallel(denoiser(), piadm.DDPM(steps), propagator=Expanding(factor), window=window, tolerance=1e-6)
     result = sampler((S, D), noise=start(dtype), generator=generator())
     assert result.converged
+    assert not result.error.isnan().any()
     assert steps // 2 <= result.rounds <= steps
     assert (result.samples - whole.samples).square().mean(1).sqrt().max() <= 1e-6
 

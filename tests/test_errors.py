@@ -109,7 +109,10 @@ CONSTRUCTION = {
     "fill class": (lambda: parallel(fill=fills.Copy), "`fill` is <class .*give an instance"),
     "window 0": (lambda: parallel(window=0), "`window` is 0: .*window=32"),
     "window -3": (lambda: parallel(window=-3), "`window` is -3: .*window=32"),
-    "window 2.5": (lambda: parallel(window=2.5), "`window` is 2.5: give an integer, None for all steps, 'auto', or an instance"),
+    "window 2.5": (
+        lambda: parallel(window=2.5),
+        "`window` is 2.5: give an integer, None for all steps, 'auto', or an instance",
+    ),
     "window class": (lambda: parallel(window=windows.Blocks), "`window` is <class .*or an instance with `check` and `advance`"),
     "Blocks 0": (lambda: windows.Blocks(0), "`iterations` is 0: .*iterations=8"),
     "Blocks fractional": (lambda: windows.Blocks(1.5), "`iterations` is 1.5: .*iterations=8"),

@@ -162,7 +162,7 @@ def sample(
     kept = checkpoint or resume or output / "checkpoint.safetensors"
     try:
         require(
-            checkpoint is None or resume is None, "checkpoint", str(checkpoint), "no use with --resume, which keeps its file"
+            checkpoint is None or resume is None, "resume", str(resume), "that file is kept up to date: leave out --checkpoint"
         )
         arguments = _arguments(context, sampler, scheduler)
         require_count("num_samples", num_samples, "16")

@@ -16,13 +16,17 @@ FLOORS = [
     {"errors"},
     {"schedules", "noise", "progress"},
     {"denoiser", "tables"},
-    {"inputs", "targets", "executors", "fixed", "schemes", "exponential", "certificate"},
-    {"propagators", "windows", "sweep", "memory"},
+    {"inputs", "targets", "executors", "schemes", "exponential", "certificate"},
+    {"propagators", "windows", "sweep", "memory", "fixed"},
     {"tuning"},
     {"result"},
     {"fills", "stopping", "probed"},
+    {"fingerprint", "sharded"},
     {"solver"},
     {"speculative"},
+    {"checkpoint"},
+    {"driver"},
+    {"repeatable"},
     {"samplers"},
     {"exact", "gaussian_law"},
     {"planner"},
@@ -103,3 +107,24 @@ print(before == after, [name for name in {EXTRAS!r} if name in sys.modules])
 def test_every_public_name_exists_and_is_documented():
     for name in piadm.__all__:
         assert getattr(piadm, name).__doc__, name
+
+
+def test_only_the_command_loads_code_and_nothing_unpickles():
+    """Weights and checkpoints are safetensors; `--model path.py:function` is the one way in for code."""
+    forbidden = {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
+    for path in files():
+        assert not {name.split(".")[0] for name in imports(path, everywhere=True)} & forbidden, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "os.system"), path
+            if called.endswith(("exec_module", "import_module", "run_path", "spec_from_file_location")):
+                assert path.name == "cli.py", path
+
+
+def test_what_is_read_from_a_checkpoint_names_no_file_to_open():
+    """Only the user's own argument is ever opened: `load` reads one path, and no name from its header is one."""
+    tree = ast.parse((ROOT / "checkpoint.py").read_text())
+    opened = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call) and "open" in ast.unparse(node.func)]
+    assert sorted(opened) == ["part.open('wb')", "safe_open(path, 'pt')"]

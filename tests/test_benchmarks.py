@@ -92,3 +92,13 @@ def test_scaling_counts_rounds_by_exact_laws_and_by_sampling(tmp_path):
     earned = tables["With and without the corrector"]
     assert all(row["KL from sequential, with"] < row["KL from sequential, without"] for row in earned)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_memory_is_flat_over_many_short_runs_that_succeed_or_fail():
+    """A share of `python benchmarks/soak.py 10000`, in a process of its own."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    soak = Path(__file__).parent.parent / "benchmarks" / "soak.py"
+    subprocess.run([sys.executable, str(soak), "500"], check=True, timeout=300)

@@ -24,6 +24,7 @@ import torch
 import piadm
 
 BETAS = piadm.schedules.DiscreteBetas.linear(1000)
+OFF = ["once"]
 
 def points():
     return piadm.targets.GaussianMixture(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), 0.01, schedule=BETAS)
@@ -47,6 +48,27 @@ def interrupted(after=None):
 def interrupted_in_comparison():
     # with a window of all steps and no interaction between steps, ten steps take at most ten rounds
     return interrupted(after=12)
+
+def stops():
+    calls = []
+    def network(x, t):
+        calls.append(len(x))
+        if len(calls) == 5 and OFF:
+            OFF.pop()
+            raise KeyboardInterrupt
+        return 0.5 * x
+    return piadm.Denoiser(network, BETAS, "sample", event_shape=(2,))
+
+def fails():
+    def network(x, t):
+        if (t < 500).any():
+            raise RuntimeError("the device is gone")
+        return 0.5 * x
+    return piadm.Denoiser(network, BETAS, "sample", event_shape=(2,))
+
+def one_breaks():
+    network = lambda x, t: torch.where((t[:, None] < 500) & (x[:, :1] > 0), float("nan"), 0.5 * x)
+    return piadm.Denoiser(network, BETAS, "sample", event_shape=(2,))
 
 def raises():
     return 1 / 0
@@ -308,6 +330,69 @@ def test_an_interrupted_comparison_keeps_the_samples(tmp_path: Path, own: Path) 
     assert result.exit_code == 130
     assert load_file(output / "samples.safetensors")["samples"].isfinite().all()
     assert json.loads((output / "run.json").read_text())["sequential"] is None
+
+
+@pytest.mark.parametrize("sampler", ["parallel", "sequential"])
+@pytest.mark.parametrize("named", [False, True], ids=["in the output", "in a file of one's own"])
+def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path, own: Path, sampler: str, named: bool) -> None:
+    output, place = tmp_path / "out", tmp_path / "my.safetensors" if named else tmp_path / "out/checkpoint.safetensors"
+    run = ["--model", f"{own}:stops", "--num-samples", 3, "--num-inference-steps", 20, "--sampler", sampler]
+    run += ["--window", 2] if sampler == "parallel" else []
+    broken = piadm_sample(output, *run, *(["--checkpoint", place] if named else []))
+    assert broken.exit_code == 130
+    kept = piadm.checkpoint.load(place)
+    told = f"{kept.state.rounds} rounds are kept: go on by the same command with --resume {place}"
+    assert broken.stderr == f"piadm sample: interrupted; {told}\n"
+    assert 3 <= kept.state.rounds <= 4
+    assert not (output / "samples.safetensors").exists()
+    own.write_text(OWN_MODEL.replace('["once"]', "[]"))
+    record, _, tensors = good_at(output, *run, "--resume", place)
+    assert record["result"]["rounds"] > kept.state.rounds
+    _, _, whole = good_at(tmp_path / "whole", *run)
+    assert torch.equal(tensors["samples"], whole["samples"])
+    for wrong, problem in (
+        (["--seed", 1], "--seed is 1: the run to resume has another"),
+        (["--num-samples", 2], "--num-samples is 2: the run to resume has 3"),
+        (["--num-inference-steps", 21], "its scheme differs"),
+        (["--checkpoint", place], "leave out --checkpoint"),
+    ):
+        refused = piadm_sample(output, *run, "--resume", place, *wrong)
+        assert refused.exit_code == 2
+        assert refused.stderr.count("\n") == 1
+        assert problem in refused.stderr
+
+
+def good_at(output: Path, *options: object) -> tuple[dict[str, Any], str, dict[str, torch.Tensor]]:
+    result = piadm_sample(output, *options)
+    assert result.exit_code == 0, result.stderr
+    return json.loads((output / "run.json").read_text()), result.stdout, load_file(output / "samples.safetensors")
+
+
+def test_a_network_that_fails_on_the_way_leaves_a_checkpoint(tmp_path: Path, own: Path) -> None:
+    result = piadm_sample(tmp_path / "out", "--model", f"{own}:fails", "--num-inference-steps", 20, "--window", 2)
+    assert isinstance(result.exception, RuntimeError)
+    assert "RuntimeError; " in result.stderr
+    assert piadm.checkpoint.load(tmp_path / "out/checkpoint.safetensors").finished.min() >= 8
+
+
+def test_of_a_batch_in_which_one_sample_breaks_the_others_are_written(tmp_path: Path, own: Path) -> None:
+    output = tmp_path / "out"
+    result = piadm_sample(
+        output, "--model", f"{own}:one_breaks", "--num-samples", 8, "--num-inference-steps", 10, "--scheduler", "ddim"
+    )
+    assert result.exit_code == 1
+    finished, samples = load_file(output / "finished.safetensors"), load_file(output / "samples.safetensors")["samples"]
+    good = finished["finished"] == 10
+    assert 0 < good.sum() < 8
+    assert torch.equal(samples, finished["x"][good])
+    assert "the other samples beside it" in result.stderr
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, own: Path) -> None:
+    result = piadm_sample(tmp_path / "out", "--model", f"{own}:points", "--resume", own)
+    assert result.exit_code == 2
+    assert "--resume is" in result.stderr
+    assert "not a whole safetensors file" in result.stderr
 
 
 def test_the_grid_shows_every_sample_in_reading_order(tmp_path: Path) -> None:

@@ -109,7 +109,10 @@ CONSTRUCTION = {
     "fill class": (lambda: parallel(fill=fills.Copy), "`fill` is <class .*give an instance"),
     "window 0": (lambda: parallel(window=0), "`window` is 0: .*window=32"),
     "window -3": (lambda: parallel(window=-3), "`window` is -3: .*window=32"),
-    "window 2.5": (lambda: parallel(window=2.5), "`window` is 2.5: give an integer, None for all steps, 'auto', or an instance"),
+    "window 2.5": (
+        lambda: parallel(window=2.5),
+        "`window` is 2.5: give an integer, None for all steps, 'auto', or an instance",
+    ),
     "window class": (lambda: parallel(window=windows.Blocks), "`window` is <class .*or an instance with `check` and `advance`"),
     "Blocks 0": (lambda: windows.Blocks(0), "`iterations` is 0: .*iterations=8"),
     "Blocks fractional": (lambda: windows.Blocks(1.5), "`iterations` is 1.5: .*iterations=8"),
@@ -368,32 +371,35 @@ def healthy() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_sequential_run_that_breaks_keeps_its_finished_prefix(healthy, value):
+def test_a_sequential_run_that_breaks_keeps_its_finished_prefix_and_finishes_the_others(healthy, value):
     error = broken(value)
     assert (error.step, error.round, error.samples) == (BAD, BAD + 1, [1])
-    assert error.finished.tolist() == [BAD] * 3
-    assert torch.equal(error.x, healthy[BAD])
+    assert error.finished.tolist() == [STEPS, BAD, STEPS]
+    for sample, finished in enumerate(error.finished.tolist()):
+        assert torch.equal(error.x[sample], healthy[finished][sample])
+    assert torch.equal(error.result.samples, healthy[STEPS][[0, 2]])
     assert f"at step {BAD} in round {BAD + 1} (samples [1])" in str(error)
     assert f"first {BAD} steps are finished" in str(error)
+    assert "other 2 samples are complete" in str(error)
 
 
 @pytest.mark.parametrize("window", [1, 4, None])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_parallel_run_that_breaks_keeps_its_finished_prefix(healthy, value, window):
+def test_a_parallel_run_that_breaks_keeps_its_finished_prefix_and_finishes_the_others(healthy, value, window):
     tolerance = 1e-6
     error = broken(value, window=window, tolerance=tolerance)
-    # the defect shows as soon as the window reaches it, and never before
-    assert error.step == BAD
-    assert error.samples == [1]
+    # the step breaks once its own state is reached, and not while states beyond it are guesses
+    assert (error.step, error.samples) == (BAD, [1])
     assert 1 <= error.round <= BAD + 1
-    assert BAD - (window or STEPS) < error.finished[1] <= BAD
+    assert error.finished.tolist() == [STEPS, BAD, STEPS]
     for sample, finished in enumerate(error.finished.tolist()):
         difference = error.x[sample] - healthy[finished][sample]
         assert difference.square().mean().sqrt() <= tolerance
+    assert torch.equal(error.result.samples, error.x[[0, 2]])
+    assert error.result.converged
     if window == 1:
         assert error.round == BAD + 1
-        assert error.finished.tolist() == [BAD] * 3
-        assert torch.equal(error.x, healthy[BAD])
+        assert torch.equal(error.x[1], healthy[BAD][1])
 
 
 def test_an_error_is_readable_even_for_large_values():

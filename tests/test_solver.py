@@ -559,8 +559,10 @@ def test_rounds_and_evaluations_are_the_networks_calls_and_rows(scheme, window):
     network = Counted(ELEMENTWISE["smooth"])
     sampler = piadm.Parallel(piadm.Denoiser(network, schedule, "sample"), scheme, window=window, tolerance=1e-3)
     result = sampler((S, D), noise=noise_like(torch.float64), generator=generator())
-    assert result.rounds + result.certificate.calls == network.calls
-    assert result.evaluations + result.certificate.evaluations == pytest.approx(network.rows / S, rel=1e-12)
+    doubted = window != 1  # where a step is evaluated twice, the network is asked two rows once more, see piadm.repeatable
+    assert result.rounds + result.certificate.calls == network.calls - doubted
+    rows = network.rows - 2 * doubted
+    assert result.evaluations + result.certificate.evaluations == pytest.approx(rows / S, rel=1e-12)
     assert result.certificate.evaluations in (0, result.steps)
     assert result.steps == len(sampler.table)
     assert result.evaluations >= result.steps  # every step is evaluated at least once

@@ -8,8 +8,9 @@ A denoiser (a network with its schedule), a scheme (the steps) and a sampler:
 
 from piadm import fills, models, propagators, schedules, targets, windows
 from piadm.certificate import Certificate
+from piadm.checkpoint import Checkpoint
 from piadm.denoiser import Denoiser, DenoiserLike, Guided, Wrapper
-from piadm.errors import NonFiniteError
+from piadm.errors import NonFiniteError, RankError
 from piadm.exact import Exact
 from piadm.executors import MicroBatch
 from piadm.exponential import Corrector, ExponentialODE, ExponentialSDE
@@ -20,6 +21,7 @@ from piadm.published import PIADMODE, PIADMSDE
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
 from piadm.schemes import DDIM, DDPM, Euler
+from piadm.sharded import Sharded
 from piadm.solver import Solver, State
 from piadm.tables import Table
 
@@ -29,6 +31,7 @@ __all__ = [
     "PIADMODE",
     "PIADMSDE",
     "Certificate",
+    "Checkpoint",
     "Corrector",
     "Denoiser",
     "DenoiserLike",
@@ -43,8 +46,10 @@ __all__ = [
     "Parallel",
     "Plan",
     "Probed",
+    "RankError",
     "Result",
     "Sequential",
+    "Sharded",
     "Solver",
     "State",
     "Table",

@@ -9,21 +9,26 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table as Grid
 from torch import Tensor
 
 from piadm import models
+from piadm.checkpoint import Checkpoint, load, save
 from piadm.denoiser import DenoiserLike, Guided
-from piadm.errors import NonFiniteError, require, require_count
+from piadm.errors import NonFiniteError, RankError, require, require_count
 from piadm.exact import Exact
+from piadm.executors import cut
 from piadm.exponential import Corrector, ExponentialSDE
+from piadm.noise import Noise
 from piadm.pictures import is_image
 from piadm.planner import Method, Plan
 from piadm.planner import plan as make_plan
@@ -32,6 +37,7 @@ from piadm.record import Run, distance, write_finished, write_run
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
 from piadm.schemes import DDIM, DDPM, Euler, Scheme
+from piadm.sharded import Cost, Sharded, sharding
 
 NO_CLASS = len(models.LABELS)
 """What stands for "no class" in the embedded models; the classes are the numbers below it."""
@@ -74,6 +80,8 @@ _SERVES = {
     "compare": (*_PAPERS, SamplerName.parallel),
 }
 """The samplers an option means something to; options not listed serve all."""
+_LOCAL = ("output", "progress", "checkpoint", "resume")
+"""Options that change nothing of what is drawn."""
 
 
 @app.command()
@@ -135,15 +143,35 @@ def sample(
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for samples, pictures and run.json.")] = Path("out"),
     compare: Annotated[bool, typer.Option("--compare", help="Also run the scheme sequentially, with the same noise.")] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file in which the run is kept every 30 s. An interrupted run leaves one in the output in any case."
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on from such a file, and keep it up to date: give the interrupted run's options too."),
+    ] = None,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
-    """Draws samples, prints what they cost, and writes them with pictures and a record of the run."""
+    """Draws samples, prints what they cost, and writes them with pictures and a record of the run.
+
+    Started by torchrun or accelerate launch, each process evaluates its share of every round.
+    """
+    kept = checkpoint or resume or output / "checkpoint.safetensors"
     try:
+        require(
+            checkpoint is None or resume is None, "resume", str(resume), "that file is kept up to date: leave out --checkpoint"
+        )
         arguments = _arguments(context, sampler, scheduler)
         require_count("num_samples", num_samples, "16")
         require_count("num_inference_steps", num_inference_steps, "1000")
         require(0 <= seed < 2**63, "seed", seed, "give an integer from 0 to 2**63 - 1")
+        context.with_resource(_processes())
         denoiser = _load(model, guidance_scale)
+        if dist.is_available() and dist.is_initialized():
+            denoiser = Sharded(denoiser)
         condition = _condition(label, num_samples, model in models.NAMES, denoiser)
         chosen: Parallel | Sequential
         fit: _Fit = {"window": _window(window), "max_memory": _memory(max_memory)}
@@ -162,11 +190,18 @@ def sample(
         _prepare(output)
         title = f"{sampler.value} on {Path(model).name}: {num_samples} samples, {len(chosen.table)} steps"
         run = Run(arguments, repr(denoiser), repr(chosen.scheme), condition, title)
-        _run(run, chosen, denoiser, num_samples, seed, output, compare, progress)
+        _run(run, chosen, denoiser, num_samples, seed, output, compare, progress, checkpoint, resume)
     except (ValueError, TypeError) as error:
-        _fail(_in_options(str(error), context) + _place(error, model), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        message = str(error) if resume is None else str(error).replace("`checkpoint`", "`resume`")
+        _fail(_in_options(message, context) + _place(error, model) + _keep(error, kept), 2)
+    except RankError as error:
+        _fail(str(error) + _keep(error, kept), 1)
+    except KeyboardInterrupt as error:
+        _fail("interrupted" + _keep(error, kept), 130)
+    except Exception as error:
+        if told := _keep(error, kept):
+            typer.echo(f"piadm sample: {type(error).__name__}{told}", err=True)
+        raise
 
 
 class _Fit(TypedDict):
@@ -260,30 +295,49 @@ def _run(
     folder: Path,
     compare: bool,
     progress: bool,
+    checkpoint: Path | None,
+    resume: Path | None,
 ) -> None:
-    def draw(one: Parallel | Sequential) -> Result:
-        generator = torch.Generator(denoiser.device or "cpu").manual_seed(seed)
-        shape = (samples, *(denoiser.event_shape or ()))
-        return one(shape, generator=generator, progress=progress, **run.condition)
+    shards = sharding(denoiser)
+    leads = shards is None or shards.rank == 0
 
-    console = Console()
-    sequential = None
+    def source() -> torch.Generator:
+        return torch.Generator(denoiser.device or "cpu").manual_seed(seed)
+
+    def draw(one: Parallel | Sequential, path: Path | None = None) -> Result:
+        shape = (samples, *(denoiser.event_shape or ()))
+        return one(shape, generator=source(), progress=progress and leads, checkpoint=path, **run.condition)
+
+    console = Console(quiet=not leads)
+    sequential, cost = None, None
     try:
-        result = draw(sampler)
+        if resume is None:
+            result = draw(sampler, checkpoint)
+        else:
+            kept = load(resume)
+            require(kept.shape[0] == samples, "num_samples", samples, f"the run to resume has {kept.shape[0]}")
+            seeds = Noise(source(), samples, 1, 1, source().device, torch.float32).seeds
+            require(list(kept.seeds) == seeds, "seed", seed, "the run to resume has another")
+            result = sampler.resume(resume, progress=progress and leads, **run.condition)
+        cost = None if shards is None else shards.cost
         try:
             if compare:
                 console.print("once more, one step after the other:")
                 sequential = draw(Sequential(denoiser, sampler.scheme))
         finally:  # whatever becomes of the comparison, the samples are there
-            write_run(folder, run, result, sequential)
+            if leads:
+                write_run(folder, run, result, sequential)
     except NonFiniteError as error:
-        path = write_finished(folder, run, error)
+        others = [row for row in range(samples) if row not in error.samples]
+        if error.result is not None and leads:
+            write_run(folder, replace(run, condition=cut(run.condition, others, samples)), error.result)
+        path = write_finished(folder, run, error) if leads else folder
         _fail(
             f"the network returned NaN or infinity at step {error.step} in round {error.round} (samples {error.samples}); "
-            f"the states reached before that are in {path}",
+            f"the states reached before that are in {path}" + ", the other samples beside it" * (error.result is not None),
             1,
         )
-    console.print(_table(run, result, sequential))
+    console.print(_table(run, result, sequential, cost))
     if not is_image(result.samples.shape[1:]):
         console.print(f"no samples.png: samples of shape {tuple(result.samples.shape[1:])} are not images (1 or 3, H, W)")
     if not result.windows:
@@ -291,7 +345,7 @@ def _run(
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
 
 
-def _table(run: Run, result: Result, sequential: Result | None) -> Grid:
+def _table(run: Run, result: Result, sequential: Result | None, cost: Cost | None) -> Grid:
     grid = Grid(f"{Path(run.arguments['model']).name}, {result.steps} steps")
     grid.add_column(run.arguments["sampler"].value, justify="right")
     runs = [result]
@@ -305,6 +359,10 @@ def _table(run: Run, result: Result, sequential: Result | None) -> Grid:
         grid.add_row("rejected", f"{result.acceptance.rejected.double().mean():.4g}")
     grid.add_row("certificate", *(str(one.certificate) for one in runs))
     grid.add_row("wall time", *(f"{one.seconds:.3g} s" for one in runs))
+    if cost is not None:
+        grid.add_row(f"of it network, slowest of {dist.get_world_size()} ranks", f"{cost.slowest:.3g} s")
+        grid.add_row("communication", f"{cost.communication:.3g} s")
+        grid.add_row("own arithmetic", f"{result.seconds - result.network_seconds:.3g} s")
     if sequential is not None:
         grid.add_row("time ratio", f"{sequential.seconds / result.seconds:.3g}× as fast", "1")
         grid.add_row("rms difference (largest)", f"{distance(result, sequential).max():.2g}", "0")
@@ -313,7 +371,7 @@ def _table(run: Run, result: Result, sequential: Result | None) -> Grid:
 
 def _arguments(context: typer.Context, sampler: SamplerName, scheduler: SchedulerName) -> dict[str, Any]:
     """The arguments that determine this run; refuses options that would change nothing."""
-    arguments = {name: value for name, value in context.params.items() if name not in ("output", "progress")}
+    arguments = {name: value for name, value in context.params.items() if name not in _LOCAL}
     idle = {
         name: f"no use to --sampler {sampler.value}, only to {' or '.join(one.value for one in samplers)}"
         for name, samplers in _SERVES.items()
@@ -407,6 +465,28 @@ def _condition(label: str | None, samples: int, embedded: bool, denoiser: Denois
     return {"label": classes[torch.arange(samples, device=denoiser.device) % len(words)]}
 
 
+@contextmanager
+def _processes() -> Iterator[None]:
+    """The process group of the processes that torchrun or accelerate launch started, if they did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _keep(error: BaseException, path: Path) -> str:
+    """Writes down how far an interrupted run had come, and says so."""
+    run: Checkpoint | None = getattr(error, "checkpoint", None)
+    if run is None or run.state.rounds == 0:
+        return ""
+    save(run, path)
+    return f"; {run.state.rounds} rounds are kept: go on by the same command with --resume {path}"
+
+
 def _prepare(output: Path) -> None:
     """Makes the folder before the run rather than find out after it that one cannot."""
     try:
@@ -434,5 +514,6 @@ def _in_options(message: str, context: typer.Context) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"piadm sample: {message}", err=True)
+    rank = os.environ.get("RANK", "0")
+    typer.echo(f"piadm sample{f' (rank {rank})' if rank != '0' else ''}: {message}", err=True)
     raise typer.Exit(code)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from piadm.certificate import EXACT, Certificate
+from piadm.checkpoint import Audit
 from piadm.denoiser import DenoiserLike
 from piadm.errors import require_positive
 from piadm.fills import Fill
 from piadm.noise import Noise
 from piadm.propagators import Propagator
-from piadm.samplers import Audit, Parallel
+from piadm.samplers import Parallel
 from piadm.schemes import Scheme
 from piadm.solver import State
 from piadm.speculative import SpeculativeSolver, check_speculative
@@ -47,8 +48,11 @@ class Exact(Parallel):
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, among them a deterministic scheme, before any network call.
-        NonFiniteError: if the network returns NaN or infinity; the finished steps are on the exception.
+        NonFiniteError: as `Parallel`.
     """
+
+    _kind = "exact"
+    _settings = ("propagator", "window", "fill", "threshold")
 
     def __init__(
         self,

@@ -1,7 +1,15 @@
-r"""Executors: how a round's rows reach the network. An executor is a wrapper that is itself a denoiser."""
+r"""Executors: how a round's rows reach the network. An executor is a wrapper that is itself a denoiser.
+
+| executor | a round's rows go |
+|---|---|
+| `MicroBatch(denoiser, size)` | to the network in slices, smaller ones when memory runs out |
+| `piadm.Sharded(denoiser)` | to all processes of a `torch.distributed` group, each of which takes a share |
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +18,28 @@ from torch import Tensor
 from piadm.denoiser import DenoiserLike, Wrapper, each_tensor
 from piadm.errors import require_count
 
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""What CUDA's, MPS's and the CPU's allocators say; the last two, and CUDA before torch 2.5, in a plain `RuntimeError`."""
 
-class MicroBatch(Wrapper):
+
+class Executor(Wrapper):
+    """A wrapper that changes how the network is called and not what it says: it leaves no trace in a checkpoint."""
+
+
+class MicroBatch(Executor):
     """Evaluates a round in slices of at most `size` rows: less memory, the same sample.
+
+    When the network runs out of memory, the slice is halved, again and again if need be, and the run goes on; it is said in
+    one warning, and the size found is kept. Every sampler does that by itself, unwrapped denoisers included.
 
     Arguments:
         denoiser: The denoiser.
-        size: Rows per network call.
+        size: Rows per network call; `None` for all of them, for as long as memory lasts.
     """
 
-    def __init__(self, denoiser: DenoiserLike, size: int) -> None:
-        require_count("size", size, "MicroBatch(denoiser, size=64)")
+    def __init__(self, denoiser: DenoiserLike, size: int | None = None) -> None:
+        if size is not None:
+            require_count("size", size, "MicroBatch(denoiser, size=64)")
         super().__init__(denoiser)
         self.size = size
 
@@ -28,14 +47,42 @@ class MicroBatch(Wrapper):
         return f"MicroBatch({self.denoiser!r}, size={self.size})"
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        rows = len(x)
-        if rows <= self.size:
-            return self.denoiser(x, t, **condition)
-        parts = (slice(first, first + self.size) for first in range(0, rows, self.size))
-        return torch.cat([self.denoiser(x[part], t[part], **_cut(condition, part, rows)) for part in parts])
+        rows, parts, first, before = len(x), [], 0, self.size
+        while first < rows:
+            part = slice(first, rows if self.size is None else min(first + self.size, rows))
+            try:
+                whole = part == slice(0, rows)
+                parts.append(self.denoiser(x[part], t[part], **(condition if whole else cut(condition, part, rows))))
+                first = part.stop
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if part.stop - first == 1 or not _out_of_memory(error):
+                    raise
+            # out here the traceback, which holds the network's intermediate results, is gone
+            self.size = (part.stop - first + 1) // 2
+            if x.is_cuda:
+                torch.cuda.empty_cache()
+        if self.size != before:
+            told = f"the network ran out of memory: from now on it is called with at most {self.size} rows"
+            warnings.warn(f"{told}; piadm.MicroBatch(denoiser, size={self.size}) says so from the start", stacklevel=2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _cut(condition: dict[str, Any], part: slice, rows: int) -> dict[str, Any]:
+def in_slices(denoiser: DenoiserLike) -> DenoiserLike:
+    """A denoiser that survives running out of memory; one with an executor in it already does, or has its own way."""
+    inner: object = denoiser
+    while isinstance(inner, Wrapper):
+        if isinstance(inner, Executor):
+            return denoiser
+        inner = inner.denoiser
+    return MicroBatch(denoiser)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(text in str(error) for text in _MEMORY)
+
+
+def cut(condition: Mapping[str, Any], part: slice | list[int], rows: int) -> dict[str, Any]:
     """The conditions of some rows; what does not run along the rows is shared."""
     out: dict[str, Any] = each_tensor(lambda value: value[part] if len(value) == rows else value, condition)
     return out

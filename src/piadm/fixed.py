@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piadm.denoiser import DenoiserLike, Wrapper, each_tensor
+from piadm.denoiser import DenoiserLike, each_tensor
 from piadm.errors import require_count
+from piadm.executors import Executor
 
 
-class FixedBatch(Wrapper):
+class FixedBatch(Executor):
     """Calls the network with exactly `size` rows, always: slices a round, and fills up the last slice with copies of a row.
 
     The number of rows changes from round to round (samples slide apart, the last window narrows). `torch.compile` compiles

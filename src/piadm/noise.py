@@ -7,6 +7,7 @@ propagator; this is what makes "the same sample as the sequential one" a stateme
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
@@ -57,6 +58,15 @@ class Noise:
         self.device, self.dtype = device, dtype
         self._generator = torch.Generator(device)
 
+    @classmethod
+    def from_seeds(
+        cls, seeds: Sequence[int], samples: int, size: int, components: int, device: torch.device, dtype: torch.dtype
+    ) -> Noise:
+        """The noise of a run whose seeds are known: one, or one per sample."""
+        noise = cls(torch.Generator(device), samples, size, components, device, dtype)
+        noise.seeds = list(seeds)
+        return noise
+
     def _each(self, key: str, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         """Numbers drawn from every seed and `key`, of shape `(shape[0], S, *shape[1:])`."""
         each = self.samples // len(self.seeds)
@@ -82,3 +92,32 @@ class Noise:
     def __call__(self, first: int, last: int) -> Tensor:
         """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`."""
         return torch.stack([self._normal(step, self.components) for step in range(first, last)])
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The noise of some samples of a batch, which they keep when the others leave.
+
+    Arguments:
+        noise: That of the whole batch.
+        samples: Which ones, shape `(n,)`.
+    """
+
+    noise: Noise
+    samples: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.noise.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.noise.dtype
+
+    def uniform(self, first: int, last: int) -> Tensor:
+        """$u_m$, as in `Noise`, shape `(last - first, n)`."""
+        return self.noise.uniform(first, last).index_select(1, self.samples.to(self.noise.device))
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, n, D)`."""
+        return self.noise(first, last).index_select(2, self.samples.to(self.noise.device))

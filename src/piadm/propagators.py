@@ -154,5 +154,5 @@ class Secant:
         if pair is None:
             return rows.jacobian(start)
         gain = torch.linalg.vecdot(pair.dx, pair.df) / pair.divisor.square()
-        gain = gain.clamp(min=0)[..., None].minimum(1 / rows.alpha)
+        gain = gain.nan_to_num().clamp(min=0)[..., None].minimum(1 / rows.alpha)  # products of huge states overflow
         return rows.jacobian(torch.where(pair.known[..., None], gain, start))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,17 +17,22 @@ import torch
 from torch import Tensor
 
 from piadm.certificate import EXACT, Certificate, information
+from piadm.checkpoint import Audit, Checkpoint, load
 from piadm.denoiser import DenoiserLike, check_condition, check_denoiser, spread
+from piadm.driver import Keeper, Place, rounds
 from piadm.errors import NonFiniteError, require, require_count, require_positive
-from piadm.executors import MicroBatch
+from piadm.executors import MicroBatch, in_slices
 from piadm.fills import Fill, Jump
+from piadm.fingerprint import fingerprint
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
 from piadm.memory import divide, lane_bytes, limit, row_bytes
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
 from piadm.propagators import Propagator, Secant
+from piadm.repeatable import ask_again
 from piadm.result import Result
 from piadm.schemes import Scheme
+from piadm.sharded import sharding
 from piadm.solver import Request, Solver, State
 from piadm.tables import Table
 from piadm.tuning import Guarded, Tuner, sizes, timing
@@ -37,8 +42,9 @@ Callback = Callable[[int, tuple[int, int], Tensor], None]
 
 
 class _Sampler:
-    """What all samplers share: reading the arguments of a call."""
+    """What all samplers share: reading the arguments of a call, and of a checkpoint."""
 
+    _kind: str
     _policies: tuple[object, ...] = ()
 
     def __init__(self, denoiser: DenoiserLike, scheme: Scheme) -> None:
@@ -48,6 +54,8 @@ class _Sampler:
         self.denoiser, self.scheme = denoiser, scheme
         self.table = scheme(denoiser.schedule)
         denoiser.check(self.table.times)
+        self._executor = in_slices(denoiser)
+        self._repeatable = False  # whether the network was found to give one answer to one question
 
     def _read(
         self, shape: Sequence[int], generator: GeneratorLike, noise: Tensor | None, condition: dict[str, Any]
@@ -71,6 +79,37 @@ class _Sampler:
         source = Noise(generator, shape[0], size, self.table.components, home, dtype)
         x = source.start() if noise is None else noise.to(dtype).reshape(shape[0], size)
         return shape[1:], source, x * self.table.scale
+
+    def _identity(self, condition: Mapping[str, Any]) -> dict[str, str]:
+        """What a run is made of, in fingerprints."""
+        parts = {"sampler": self._kind, "scheme": self.table, "denoiser": self.denoiser, "conditions": condition}
+        return {name: fingerprint(part) for name, part in parts.items()}
+
+    def _reopen(self, checkpoint: Checkpoint | Place, condition: dict[str, Any]) -> tuple[Checkpoint, Noise]:
+        """The run that a checkpoint holds, and its noise."""
+        run = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+        device = self.denoiser.device or torch.device(run.device)
+        run.check(self._identity(condition), device)
+        samples, size = run.shape[0], math.prod(run.shape[1:])
+        return run.to(device), Noise.from_seeds(run.seeds, samples, size, self.table.components, device, run.state.x.dtype)
+
+    def _keeper(self, run: Checkpoint, source: Noise, condition: dict[str, Any], path: Place | None, pause: float) -> Keeper:
+        shards = sharding(self.denoiser)
+        leads = shards is None or shards.rank == 0
+        return Keeper(run, lambda: source.seeds, lambda: self._identity(condition), path, pause, leads)
+
+
+def _conclude(run: Checkpoint, result: Callable[[Tensor], Result], samples: Tensor) -> Result:
+    """The result of a run that is over, or what is to be said of the samples that failed.
+
+    `samples`: those of the others, shape `(n, D)`.
+    """
+    complete = result(samples.reshape(-1, *run.shape[1:])) if len(samples) else None
+    if not run.failures and complete is not None:
+        return complete
+    first = min(run.failures, key=lambda failure: failure.round)
+    rows = sorted(failure.sample for failure in run.failures)
+    raise NonFiniteError(first.step, first.round, rows, run.finished, run.x, complete)
 
 
 class _Network:
@@ -104,25 +143,6 @@ class _Trial:
         self.network(Request(self.start[sample.to(self.start.device)], self.times[:1].expand(rows), sample))
 
 
-class Audit:
-    """The defects of accepted steps, measured as they leave the window.
-
-    Such a call depends on no answer of the next round, and could share its call. In one of its own it leaves the rows of
-    that round, and so the samples, as they are without an audit, to the last bit.
-    """
-
-    def __init__(self, solver: Solver, network: _Network, samples: int) -> None:
-        self.solver, self.network, self.calls = solver, network, 0
-        self.steps = torch.zeros(samples, dtype=torch.long)
-        self.nats: Tensor | float = 0.0
-        self.drift: Tensor | float = 0.0
-
-    def __call__(self, left: State) -> None:
-        nats, drift = self.solver.measure(left, self.network(self.solver.request(left)))
-        self.nats, self.drift = self.nats + nats, self.drift + drift
-        self.calls, self.steps = self.calls + 1, self.steps + left.stop - left.start
-
-
 class Sequential(_Sampler):
     """One network call after the other: a plain loop, and the oracle that every parallel run is held against.
 
@@ -130,6 +150,8 @@ class Sequential(_Sampler):
         denoiser: The denoiser.
         scheme: The steps, such as `DDPM(steps=1000)`.
     """
+
+    _kind = "sequential"
 
     @torch.no_grad()
     def __call__(
@@ -140,38 +162,77 @@ class Sequential(_Sampler):
         noise: Tensor | None = None,
         callback: Callback | None = None,
         progress: bool = False,
+        checkpoint: Place | None = None,
+        checkpoint_seconds: float = 30.0,
         **condition: Any,
     ) -> Result:
         """Draws samples; arguments, result and errors are those of `Parallel`."""
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
-        network = _Network(self.denoiser, event, len(x), condition)
-        table, samples = self.table, len(x)
-        rows, times = table.cast(x.device, x.dtype), table.times.to(x.device)
-        x = torch.cat([x[None], x.new_zeros(table.components - 1, *x.shape)])[None]
-        with progress_bar(len(table), progress) as show:
-            for m in range(len(table)):
-                f = network(Request(x[0, 0], times[m].expand(samples), torch.arange(samples)))
-                if not bool(f.isfinite().all()):
-                    bad = (~f.isfinite().all(-1)).nonzero().flatten().tolist()
-                    raise NonFiniteError(m, m + 1, bad, torch.full((samples,), m), x[0, 0].reshape(samples, *event))
-                xi = source(m, m + 1) if table.stochastic else None
-                x = rows.take(torch.tensor([[m]], device=x.device)).step(x, f[None], xi)
+        run = Checkpoint.begin(State.begin(x, self.table, self.denoiser.variance), (len(x), *event), len(self.table), started)
+        return self._loop(run, source, condition, callback, progress, checkpoint, checkpoint_seconds)
+
+    @torch.no_grad()
+    def resume(
+        self,
+        checkpoint: Checkpoint | Place,
+        *,
+        callback: Callback | None = None,
+        progress: bool = False,
+        checkpoint_seconds: float = 30.0,
+        **condition: Any,
+    ) -> Result:
+        """Goes on with an interrupted run; arguments, result and errors are those of `Parallel.resume`."""
+        run, source = self._reopen(checkpoint, condition)
+        path = None if isinstance(checkpoint, Checkpoint) else checkpoint
+        return self._loop(run, source, condition, callback, progress, path, checkpoint_seconds)
+
+    def _loop(
+        self,
+        run: Checkpoint,
+        source: Noise,
+        condition: dict[str, Any],
+        callback: Callback | None,
+        progress: bool,
+        path: Place | None,
+        pause: float,
+    ) -> Result:
+        event, device, table = run.shape[1:], run.state.x.device, self.table
+        network = _Network(self._executor, event, run.shape[0], condition)
+        clock = run.clock()
+        rows, times = table.cast(device, run.state.x.dtype), table.times.to(device)
+        with self._keeper(run, source, condition, path, pause) as keep, progress_bar(len(table), progress) as show:
+            for m in range(run.state.rounds, len(table)):
+                if not len(run.alive):
+                    break
+                f = network(Request(run.state.x[0, 0], times[m].expand(len(run.alive)), run.alive))
+                xi = source(m, m + 1)[:, :, run.alive.to(device)] if table.stochastic else None
+                x = rows.take(torch.tensor([[m]], device=device)).step(run.state.x, f[None], xi)
+                if not bool(x.isfinite().all()):
+                    good = x.isfinite().all(-1).all(1)[0]
+                    run, x = run.without((~good).nonzero().flatten().tolist(), m), x[:, :, good]
+                start = torch.full((len(run.alive),), m + 1)
+                state = replace(run.state, start=start, stop=start, evaluations=start, x=x, rounds=m + 1)
+                run = replace(run, state=replace(state, done=m + 1 == len(table))).timed(clock, network.seconds)
+                keep(run)
                 show(m + 1, m + 1, 0.0)
                 if callback is not None:
                     callback(m + 1, (m, m + 1), x.new_zeros(1))
-        return Result(
-            samples=x[0, 0].reshape(samples, *event),
-            steps=len(table),
-            rounds=len(table),
-            evaluations=float(len(table)),
+        return _conclude(run, self._result(run), run.state.x[0, 0])
+
+    def _result(self, run: Checkpoint) -> Callable[[Tensor], Result]:
+        return lambda samples: Result(
+            samples=samples,
+            steps=len(self.table),
+            rounds=len(self.table),
+            evaluations=float(len(self.table)),
             residuals=(),
             windows=(),
             converged=True,
-            error=x.new_zeros(samples),
+            error=samples.new_zeros(len(samples)),
             certificate=EXACT,
-            seconds=time.perf_counter() - started,
-            network_seconds=network.seconds,
+            seconds=run.seconds,
+            network_seconds=run.network_seconds,
         )
 
 
@@ -201,8 +262,12 @@ class Parallel(_Sampler):
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any network call (`max_memory`: after three rows).
-        NonFiniteError: if the network returns NaN or infinity; the finished steps are on the exception.
+        NonFiniteError: if the network returns NaN or infinity for some samples, once the others are complete; these and the
+            finished steps are on the exception. It does so only where the sequential run would break too.
     """
+
+    _kind = "parallel"
+    _settings: tuple[str, ...] = ("propagator", "window", "fill", "tolerance", "target_kl", "audit")
 
     def __init__(
         self,
@@ -264,9 +329,13 @@ class Parallel(_Sampler):
         noise: Tensor | None = None,
         callback: Callback | None = None,
         progress: bool = False,
+        checkpoint: Place | None = None,
+        checkpoint_seconds: float = 30.0,
         **condition: Any,
     ) -> Result:
         """Draws samples.
+
+        Whatever exception leaves this call, Ctrl-C included, holds the last complete round as `.checkpoint`: see `resume`.
 
         Arguments:
             shape: `(batch, *event)`.
@@ -275,46 +344,97 @@ class Parallel(_Sampler):
             callback: Called after every round as `callback(round, window, residuals)`: counted from 1, first step and one
                 past the last over all samples, rms defect of every step there (the largest over samples).
             progress: Whether to show a progress bar.
+            checkpoint: A file in which the run is kept: written between rounds, when an exception ends it, and at its end.
+            checkpoint_seconds: How long to wait between rounds before it is written again; 0 writes after each.
             condition: Passed to the network; tensors whose first dimension is the batch are repeated along the window.
         """
         if self._tuner is not None or self.max_memory is not None:
-            return self._fitted(shape, generator, noise, callback, progress, condition)
+            rest = {
+                "callback": callback,
+                "progress": progress,
+                "checkpoint": checkpoint,
+                "checkpoint_seconds": checkpoint_seconds,
+            }
+            return self._fitted(shape, generator, noise, rest, condition)
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
-        network = _Network(self.denoiser, event, len(x), condition)
-        solver = self._solver(source)
-        state, residuals, windows = solver.init(x), [], []
-        audit = Audit(solver, network, len(x))
-        with progress_bar(len(self.table), progress) as show:
-            while not state.done and state.rounds != self.max_rounds:
-                try:
-                    state = solver.update(state, network(solver.request(state)))
-                except NonFiniteError as error:
-                    error.x = error.x.reshape(len(x), *event)
-                    raise
-                if state.left is not None:
-                    audit(state.left)
-                residual = state.residual.nan_to_num(-1.0).amax(1)
-                residual = residual.masked_fill(residual < 0, torch.nan)
-                residuals.append(residual)
-                windows.append(state.window)
-                show(int(state.start.min()), state.rounds, residual)
+        run = Checkpoint.begin(self._solver(source).init(x), (len(x), *event), len(self.table), started)
+        return self._drive(run, source, condition, callback, progress, checkpoint, checkpoint_seconds)
+
+    @torch.no_grad()
+    def resume(
+        self,
+        checkpoint: Checkpoint | Place,
+        *,
+        callback: Callback | None = None,
+        progress: bool = False,
+        checkpoint_seconds: float = 30.0,
+        **condition: Any,
+    ) -> Result:
+        """Goes on with an interrupted run, and returns bit for bit what it would have returned (on the same kind of device).
+
+        The denoiser, scheme, policies and conditions must be those of the run; the executor, `max_rounds`, and how often to
+        write may be others. Seeds and starting state are in the checkpoint.
+
+        Arguments:
+            checkpoint: The `.checkpoint` of an exception, or a file, which is then kept up to date.
+            callback: As in a call.
+            progress: Likewise.
+            checkpoint_seconds: Likewise.
+            condition: Likewise.
+
+        Raises:
+            ValueError: for a file that is truncated or no checkpoint, and for a checkpoint of another run; it says why.
+        """
+        run, source = self._reopen(checkpoint, condition)
+        path = None if isinstance(checkpoint, Checkpoint) else checkpoint
+        return self._drive(run, source, condition, callback, progress, path, checkpoint_seconds)
+
+    def _identity(self, condition: Mapping[str, Any]) -> dict[str, str]:
+        parts = {name: getattr(self, name) for name in self._settings}
+        return {**super()._identity(condition), **{name: fingerprint(part) for name, part in parts.items()}}
+
+    def _drive(
+        self,
+        run: Checkpoint,
+        source: Noise,
+        condition: dict[str, Any],
+        callback: Callback | None,
+        progress: bool,
+        path: Place | None,
+        pause: float,
+    ) -> Result:
+        network, solver = _Network(self._executor, run.shape[1:], run.shape[0], condition), self._solver(source)
+        with self._keeper(run, source, condition, path, pause) as keep, progress_bar(len(self.table), progress) as show:
+            for run in rounds(run, solver, network, self.max_rounds):  # noqa: B020 (each run is made from the one before)
+                keep(run)
+                if not self._repeatable and bool(run.state.seen.any()):
+                    ask_again(run, self.table.times, network, self.denoiser.schedule, self.denoiser.dtype)
+                    self._repeatable = True
+                if not len(run.alive):  # nothing was left for this round
+                    break
+                show(int(run.finished.min()), run.state.rounds, run.residuals[-1])
                 if callback is not None:
-                    callback(state.rounds, state.window, residual)
+                    callback(run.state.rounds, run.windows[-1], run.residuals[-1])
+        state = run.state
+        return _conclude(run, self._result(run, solver), state.finished() if state.done else solver.prediction(state))
+
+    def _result(self, run: Checkpoint, solver: Solver) -> Callable[[Tensor], Result]:
+        state = run.state
         # of a sample cut short nothing is known beyond its accepted steps
-        short = state.start.to(x.device) < len(self.table)
-        return Result(
-            samples=(state.finished() if state.done else solver.prediction(state)).reshape(len(x), *event),
+        short = state.start.to(state.error.device) < len(self.table)
+        return lambda samples: Result(
+            samples=samples,
             steps=len(self.table),
             rounds=state.rounds,
             evaluations=float(state.evaluations.double().mean()),
-            residuals=tuple(residuals),
-            windows=tuple(windows),
+            residuals=run.residuals,
+            windows=run.windows,
             converged=state.done,
             error=state.error.masked_fill(short, torch.inf),
-            certificate=self._certificate(state, audit, short),
-            seconds=time.perf_counter() - started,
-            network_seconds=network.seconds,
+            certificate=self._certificate(state, run.audit, short),
+            seconds=run.seconds,
+            network_seconds=run.network_seconds,
             acceptance=solver.acceptance(state),
         )
 
@@ -323,8 +443,7 @@ class Parallel(_Sampler):
         shape: Sequence[int],
         generator: GeneratorLike,
         noise: Tensor | None,
-        callback: Callback | None,
-        progress: bool,
+        rest: dict[str, Any],
         condition: dict[str, Any],
     ) -> Result:
         """A run in the window, and in calls, that fit in memory, and of those the fastest if that is asked for."""
@@ -351,9 +470,10 @@ class Parallel(_Sampler):
             price = measured.at(choice.window * samples, most) / measured.at(samples, most)
             chosen.window = Guarded(choice.window, price)
         if most is not None and most < samples * largest:
-            chosen.denoiser = MicroBatch(self.denoiser, most)
+            chosen.denoiser = chosen._executor = MicroBatch(self.denoiser, most)
         sampler = chosen if choice is None or choice.window > 1 else Sequential(chosen.denoiser, self.scheme)
-        result = sampler(shape, generator=generator, noise=noise, callback=callback, progress=progress, **condition)
+        result = sampler(shape, generator=generator, noise=noise, **rest, **condition)
+        self._repeatable = self._repeatable or sampler._repeatable
         if self._tuner is not None and choice is not None and choice.window > 1 and result.converged:
             self._tuner.learn(steps, choice.window, result.rounds, result.seconds - result.network_seconds)
         return replace(result, choice=choice)

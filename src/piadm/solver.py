@@ -28,7 +28,7 @@ from torch import Tensor
 from piadm.certificate import information
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
-from piadm.noise import Noise
+from piadm.noise import Noise, Subset
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
 from piadm.stopping import CAUTION, SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
@@ -90,6 +90,33 @@ class State:
     done: bool
     left: State | None
 
+    @classmethod
+    def begin(cls, x: Tensor, table: Table, variance: float | Tensor) -> State:
+        """No step finished and no step iterated, from starting states of shape `(S, D)`."""
+        samples = len(x)
+        zero = torch.zeros(samples, dtype=torch.long)
+        first = torch.cat([x[None], x.new_zeros(table.components - 1, *x.shape)])[None]
+        return State(
+            start=zero,
+            stop=zero,
+            x=first,
+            noise=first[:0] if table.stochastic else None,
+            seen=torch.zeros(0, samples, dtype=torch.bool, device=x.device),
+            x_seen=first[:0],
+            f_seen=first[:0, 0],
+            error=x.new_zeros(samples),
+            nats=x.new_zeros(samples),
+            drift=x.new_zeros(samples),
+            variance=x.new_full((samples,), total_variance(variance, x.shape[1])),
+            residual=x.new_zeros(0, samples),
+            window=(0, 0),
+            rounds=0,
+            evaluations=zero,
+            newest=None,
+            done=False,
+            left=None,
+        )
+
     def finished(self) -> Tensor:
         """The last finished state of every sample, shape `(S, D)`."""
         return self.x[0, 0]
@@ -115,7 +142,7 @@ class Solver:
     """
 
     table: Table
-    noise: Noise
+    noise: Noise | Subset
     propagator: Propagator
     window: Window
     fill: Fill
@@ -148,30 +175,8 @@ class Solver:
 
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
-        k, samples = self.table.components, len(x)
-        zero = torch.zeros(samples, dtype=torch.long)
-        first = torch.cat([x[None], x.new_zeros(k - 1, *x.shape)])[None]
-        empty = State(
-            start=zero,
-            stop=zero,
-            x=first,
-            noise=first[:0] if self.table.stochastic else None,
-            seen=torch.zeros(0, samples, dtype=torch.bool, device=x.device),
-            x_seen=first[:0],
-            f_seen=first[:0, 0],
-            error=x.new_zeros(samples),
-            nats=x.new_zeros(samples),
-            drift=x.new_zeros(samples),
-            variance=x.new_full((samples,), total_variance(self.variance, x.shape[1])),
-            residual=x.new_zeros(0, samples),
-            window=(0, 0),
-            rounds=0,
-            evaluations=zero,
-            newest=None,
-            done=False,
-            left=None,
-        )
-        return self._advance(empty, zero, first, x.new_zeros(3, 1, samples))
+        empty = State.begin(x, self.table, self.variance)
+        return self._advance(empty, empty.start, empty.x, x.new_zeros(3, 1, len(x)))
 
     def request(self, state: State) -> Request:
         """The rows of the next round."""
@@ -189,23 +194,28 @@ class Solver:
     def update(self, state: State, f: Tensor) -> State:
         """The state after a round, given the network's answers to `request`, shape `(R, D)`.
 
+        What is NaN or infinite beyond a sample's first step may be the iteration's own doing (an expansive network, states
+        that overflow): the window is cut before it, and filled anew.
+
         Raises:
-            NonFiniteError: if an answer is NaN or infinite.
+            NonFiniteError: if the sequential run breaks there too: at the first step of a sample's window, whose state is
+                exact, or where the window's rounds are over.
         """
         steps, valid = self._lanes(state)
         count = len(valid)
         device, x = state.x.device, state.x
-        f = self._whole(state, steps, valid, f)
-        inside = valid.to(device)
-
+        evaluations = state.evaluations + valid.sum(0)
+        f = dense(f, valid)
         rows = self._rows_at(state.start, count)
         phi = rows.step(x[:-1], f, state.noise)
+        state, valid, f = self._sound(state, valid, f, phi)
+        inside = valid.to(device)
         low, high = int(state.start.min()), int(state.stop.max())
         defect = rms(phi - x[1:])
         residual = by_step(defect, steps, valid, low, high)
         pair = None
         if state.rounds > 0:
-            pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
+            pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen & inside)
         kept = None
         if self.target_kl is not None:
             kept = self._within(self.target_kl, state, steps, defect, inside)
@@ -218,10 +228,12 @@ class Solver:
             accepted = kept.long().sum(0).cpu() + 1
         else:
             step = x[:-1] if pair is None else x[:-1] - state.x_seen
-            size = misfit(rows, jacobian, variance, pair, step) * rms(new[:-1] - x[:-1])
+            change = rms(new[:-1] - x[:-1])
+            # a model that overflowed says nothing against a state that did not change
+            size = torch.where(change == 0, 0.0, misfit(rows, jacobian, variance, pair, step) * change)
             carried = self._spent(state, steps, size.masked_fill(~inside, 0.0), SAFETY, CAUTION)
             share = (steps + 1).to(size) / len(self.table)
-            over = (carried[0] > self.tolerance * share.sqrt()) | ~inside
+            over = ~(carried[0] <= self.tolerance * share.sqrt()) | ~inside  # an estimate that is NaN accepts nothing
             over[0] = False
             accepted = torch.cumprod((~over).long(), 0).sum(0).cpu()
         after = replace(
@@ -233,7 +245,7 @@ class Solver:
             residual=residual,
             window=(low, high),
             rounds=state.rounds + 1,
-            evaluations=state.evaluations + valid.sum(0),
+            evaluations=evaluations,
             newest=pick(f, (state.stop - state.start - 1)[None])[0],
             left=None,
         )
@@ -256,7 +268,7 @@ class Solver:
         """
         steps, valid = self._lanes(left)
         rows = self._rows_at(left.start, len(valid))
-        size = rms(rows.step(left.x[:-1], _dense(f, valid), left.noise) - left.x[1:]).nan_to_num(torch.inf, posinf=torch.inf)
+        size = rms(rows.step(left.x[:-1], dense(f, valid), left.noise) - left.x[1:]).nan_to_num(torch.inf, posinf=torch.inf)
         blank = replace(left, error=0 * left.error, nats=0 * left.nats, drift=0 * left.drift)
         _, nats, drift = self._spent(blank, steps, size.masked_fill(~valid.to(size.device), 0.0), 1.0, 1.0)[:, -1]
         return nats, drift
@@ -304,16 +316,20 @@ class Solver:
         steps = state.start + torch.arange(count)[:, None]
         return steps.clamp(max=len(self.table) - 1), steps < state.stop
 
-    def _whole(self, state: State, steps: Tensor, valid: Tensor, f: Tensor) -> Tensor:
-        """The network's answers as `(W, S, D)`, zero outside a sample's window; raises `NonFiniteError`."""
-        count, samples = valid.shape
-        if not bool(torch.isfinite(f.sum())) and not bool(f.isfinite().all()):
-            bad = torch.zeros(count * samples, dtype=torch.bool)
-            bad[valid.flatten()] = ~f.isfinite().all(-1).cpu()
-            bad = bad.reshape(count, samples)
-            failed = bad.any(0).nonzero().flatten().tolist()
-            raise NonFiniteError(int(steps[bad].min()), state.rounds + 1, failed, state.start, state.finished())
-        return _dense(f, valid)
+    def _sound(self, state: S, valid: Tensor, f: Tensor, after: Tensor) -> tuple[S, Tensor, Tensor]:
+        """State, lanes and $f$ with each window ending before the first step whose result, `(W, k, S, D)`, is not finite."""
+        if bool(after.sum().isfinite()) or bool(after.isfinite().all()):
+            return state, valid, f
+        good = after.isfinite().all(-1).all(1).cpu() | ~valid
+        stop = torch.minimum(state.stop, state.start + good.long().cumprod(0).sum(0))
+        leaves = self.window.advance(self.table, state.rounds + 1, state.start)[0] > stop
+        failed = ((stop == state.start) & (state.start < state.stop)) | leaves
+        if bool(failed.any()):
+            samples = failed.nonzero().flatten().tolist()
+            raise NonFiniteError(int(stop[failed].min()), state.rounds + 1, samples, state.start, state.finished())
+        state = replace(state, stop=stop)
+        valid = self._lanes(state)[1]
+        return state, valid, torch.where(valid.to(f.device)[..., None], f, 0.0)
 
     def _rows_at(self, start: Tensor, count: int) -> Rows:
         shared = _shared(start)
@@ -386,7 +402,7 @@ def by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) -
     return out[:-1]
 
 
-def _dense(f: Tensor, valid: Tensor) -> Tensor:
+def dense(f: Tensor, valid: Tensor) -> Tensor:
     """Rows of the lanes in a window, `(R, D)`, as one `(W, S, D)`, with zeros in the other lanes."""
     count, samples = valid.shape
     if len(f) < count * samples:

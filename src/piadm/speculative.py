@@ -40,7 +40,7 @@ from torch import Tensor
 from piadm.errors import require
 from piadm.propagators import Pair
 from piadm.result import Acceptance
-from piadm.solver import Solver, State, by_step, pick
+from piadm.solver import Solver, State, by_step, dense, pick
 from piadm.stopping import rms
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
@@ -128,44 +128,48 @@ class SpeculativeSolver(Solver):
         """The state after a round, given the network's answers to `request`, shape `(R, D)`.
 
         Raises:
-            NonFiniteError: if an answer is NaN or infinite.
+            NonFiniteError: if the network is not finite at the first step of a sample's window, whose state is exact; beyond
+                it the window is cut, as in `Solver`, by what is known before that step's noise.
         """
         steps, valid = self._lanes(state)
-        f = self._whole(state, steps, valid, f)
+        evaluations = state.evaluations + valid.sum(0)
+        f = dense(f, valid)
         rows = self._rows_at(state.start, len(valid))
-        x, xi, C, inside = state.x, state.noise, rows.C, valid.to(f.device)
+        x, xi, C = state.x, state.noise, rows.C
         if not isinstance(state, Speculation) or xi is None or C is None:
             raise TypeError(f"`state` is a {type(state).__name__}: give one that this solver's `init` made")
         mean = rows.step(x[:-1], f, None)
-        low, high = int(state.start.min()), int(state.stop.max())
-        residual = by_step(rms(mean - state.mean), steps, valid, low, high)
+        sound, valid, f = self._sound(state, valid, f, mean)
+        inside = valid.to(f.device)
+        low, high = int(sound.start.min()), int(sound.stop.max())
+        residual = by_step(rms(mean - sound.mean), steps, valid, low, high)
 
-        scan = self._scan(state, steps, inside, mean, xi)
+        scan = self._scan(sound, steps, inside, mean, xi)
         pair = None
-        if state.rounds > 0:
-            pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen)
+        if sound.rounds > 0:
+            pair = Pair(x[:-1, 0] - sound.x_seen[:, 0], f - sound.f_seen, sound.seen & inside)
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         mean = torch.where(scan.rejected[:, None, :, None], mean + mix(C, scan.noise - xi), mean)
-        mean = torch.where(scan.kept[:, None, :, None], state.mean, mean)
-        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], state.mean]))[1:]
+        mean = torch.where(scan.kept[:, None, :, None], sound.mean, mean)
+        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], sound.mean]))[1:]
         new = _states(x, mean, rows, xi)
 
         after = replace(
-            state,
+            sound,
             seen=inside,
             x_seen=x[:-1],
             f_seen=f,
             residual=residual,
             window=(low, high),
-            rounds=state.rounds + 1,
-            evaluations=state.evaluations + valid.sum(0),
-            newest=pick(f, (state.stop - state.start - 1)[None])[0],
-            accepted=state.accepted + scan.kept.sum(0).cpu(),
-            rejected=state.rejected + scan.rejected.sum(0).cpu(),
+            rounds=sound.rounds + 1,
+            evaluations=evaluations,
+            newest=pick(f, (sound.stop - sound.start - 1)[None])[0],
+            accepted=sound.accepted + scan.kept.sum(0).cpu(),
+            rejected=sound.rejected + scan.rejected.sum(0).cpu(),
         )
-        ready = state.start + (scan.kept | scan.ended).sum(0).cpu()
-        moved = self._advance(after, ready, new, state.error.expand(3, len(new), -1))
-        return self._draft(moved, mean, moved.start - state.start, state.stop - moved.start)
+        ready = sound.start + (scan.kept | scan.ended).sum(0).cpu()
+        moved = self._advance(after, ready, new, sound.error.expand(3, len(new), -1))
+        return self._draft(moved, mean, moved.start - sound.start, sound.stop - moved.start)
 
     def acceptance(self, state: State) -> Acceptance | None:
         if not isinstance(state, Speculation):

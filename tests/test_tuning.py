@@ -260,3 +260,34 @@ def test_a_process_keeps_to_its_max_memory():
     bound = 80 * 2**20
     assert growth("{}") > 1.3 * bound  # the test could fail: unbounded, the same run takes more
     assert growth(f"dict(max_memory={bound})") <= bound
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("price", ["a narrow accelerator", "a core that one row fills"])
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_measured_run_goes_on_in_the_window_it_had(monkeypatch, tmp_path, price, from_file):
+    class Stops(Priced):
+        left = 10**9
+
+        def __call__(self, x, t, **condition):
+            self.left -= 1
+            if self.left < 0:
+                raise InterruptedError
+            return super().__call__(x, t, **condition)
+
+    scheme, noise = piadm.DDPM(60), torch.randn(2, 16, generator=generator(), dtype=torch.float64)
+    denoiser = Stops(mixture(), PRICES[price])
+    monkeypatch.setattr(piadm.tuning.time, "perf_counter", lambda: denoiser.now)
+    sampler = piadm.Parallel(denoiser, scheme, window="auto")
+    whole = sampler((2, 16), noise=noise, generator=generator())
+    fresh = piadm.Parallel(denoiser, scheme, window="auto")
+    denoiser.left = 5
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(InterruptedError) as caught:
+        fresh((2, 16), noise=noise, generator=generator(), checkpoint=path)
+    denoiser.left = 10**9
+    resumed = fresh.resume(path if from_file else caught.value.checkpoint)
+    assert resumed.rounds == whole.rounds
+    assert torch.equal(resumed.samples, whole.samples)

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from piadm.solver import State
 from piadm.speculative import Speculation
+from piadm.tuning import Guarded
 
 FORMAT, VERSION = "piadm checkpoint", 1
 SAMPLE_AXIS = {
@@ -108,6 +109,7 @@ class Checkpoint:
         network_seconds: Of that, time inside the denoiser.
         device: Kind of the device that the run is on.
         seeds: Of the noise, one, or one per sample.
+        measured: The window that `"auto"` came to.
         identity: What the run is made of: a name, and its fingerprint.
     """
 
@@ -123,6 +125,7 @@ class Checkpoint:
     seconds: float = 0.0
     network_seconds: float = 0.0
     seeds: tuple[int, ...] = ()
+    measured: Guarded | None = None
     identity: Mapping[str, str] | None = None
 
     def __repr__(self) -> str:
@@ -239,6 +242,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "seconds": checkpoint.seconds,
         "network_seconds": checkpoint.network_seconds,
         "seeds": checkpoint.seeds,
+        "measured": None if checkpoint.measured is None else asdict(checkpoint.measured),
         "identity": checkpoint.identity,
     }
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}  # some share memory
@@ -319,5 +323,6 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         seconds=header["seconds"],
         network_seconds=header["network_seconds"],
         seeds=tuple(header["seeds"]),
+        measured=None if header["measured"] is None else Guarded(**header["measured"]),
         identity=header["identity"],
     )

@@ -359,6 +359,7 @@ class Parallel(_Sampler):
         started = time.perf_counter()
         event, source, x = self._begin(shape, generator, noise, condition)
         run = Checkpoint.begin(self._solver(source).init(x), (len(x), *event), len(self.table), started)
+        run = replace(run, measured=self.window if isinstance(self.window, Guarded) else None)
         return self._drive(run, source, condition, callback, progress, checkpoint, checkpoint_seconds)
 
     @torch.no_grad()
@@ -386,6 +387,14 @@ class Parallel(_Sampler):
         Raises:
             ValueError: for a file that is truncated or no checkpoint, and for a checkpoint of another run; it says why.
         """
+        if self._tuner is not None:
+            known = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+            sampler: Sequential | Parallel = Sequential(self.denoiser, self.scheme)
+            if known.measured is not None:
+                sampler = copy.copy(self)
+                sampler._tuner, sampler.window = None, known.measured
+            how: dict[str, Any] = {"callback": callback, "progress": progress, "checkpoint_seconds": checkpoint_seconds}
+            return sampler.resume(checkpoint, **how, **condition)
         run, source = self._reopen(checkpoint, condition)
         path = None if isinstance(checkpoint, Checkpoint) else checkpoint
         return self._drive(run, source, condition, callback, progress, path, checkpoint_seconds)

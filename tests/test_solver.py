@@ -690,3 +690,26 @@ def test_a_state_can_be_updated_twice():
         assert torch.equal(one.x, two.x)
         assert torch.equal(one.start, two.start)
         state = one
+
+
+@pytest.mark.parametrize("network", [lambda x, t: x.sin(), lambda x, t: x / (1 + x * x)], ids=["sine", "rational"])
+@pytest.mark.parametrize("scheme", [piadm.DDPM(60), piadm.DDIM(60)], ids=["ddpm", "ddim"])
+def test_one_number_a_sample_whose_secants_fit_whatever_they_see_keeps_the_tolerance(network, scheme):
+    denoiser = piadm.Denoiser(network, piadm.schedules.DiscreteBetas.linear(1000), "sample", event_shape=(1,))
+    noise = torch.randn(200, 1, generator=generator(), dtype=torch.float64)
+    sequential = piadm.Sequential(denoiser, scheme)((200, 1), noise=noise, generator=generator())
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        result = piadm.Parallel(denoiser, scheme, window=20, tolerance=tolerance)((200, 1), noise=noise, generator=generator())
+        assert (result.samples - sequential.samples).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("variance", [0.0, torch.zeros(6)], ids=["number", "tensor"])
+def test_a_variance_of_zero_does_not_make_every_error_nothing(variance):
+    network = lambda x, t: (3 * x).sin()  # noqa: E731
+    denoiser = piadm.Denoiser(
+        network, piadm.schedules.DiscreteBetas.linear(1000), "sample", variance=variance, event_shape=(6,)
+    )
+    noise = torch.randn(4, 6, generator=generator(), dtype=torch.float64)
+    sequential = piadm.Sequential(denoiser, piadm.DDIM(40))((4, 6), noise=noise, generator=generator())
+    result = piadm.Parallel(denoiser, piadm.DDIM(40), window=10, tolerance=1e-3)((4, 6), noise=noise, generator=generator())
+    assert (result.samples - sequential.samples).square().mean(1).sqrt().max() <= 1e-3

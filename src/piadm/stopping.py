@@ -6,9 +6,10 @@ $d_m$ that the round made. The next round would show it; the last two evaluation
 $$ ‖δ_m‖ ≈ ρ_m ‖d_m‖, \qquad ρ_m = ‖ΔΦ_m - J_m Δx_m‖ / ‖Δx_m‖ , $$
 
 and a step evaluated once takes $ρ_m = ‖J_m - G_m‖ + ‖G_m - A_m‖$, which holds a Gaussian model $G$ of the step to be wrong
-by as much as the network contributes. Its variance is the one that explains $‖Δf‖ / ‖Δx‖$ at the last step evaluated twice:
-the changes lie where the data varies most, so it is far above the mean variance of correlated data such as images. Before
-there is such a step it is the greatest possible, the trace of the data's covariance.
+by as much as the network contributes. A $D$-th of that is added where a step was evaluated twice, too: of the $D$ numbers of
+its pair a secant fits one whatever the network is. The model's variance is the one that explains $‖Δf‖ / ‖Δx‖$ at the last step
+evaluated twice: the changes lie where the data varies most, so it is far above the mean variance of correlated data such as
+images. Before there is such a step it is the greatest possible, the trace of the data's covariance.
 
 A defect is carried to the final sample in proportion to the spread of the states,
 $w_m = \sqrt{α_M^2 v + σ_M^2} / \sqrt{α_{m+1}^2 v + σ_{m+1}^2}$, as the probability flow of Gaussian data carries it. (Ancestral
@@ -43,14 +44,20 @@ a `SAFETY` of 8 it kept the estimate above what an audit measured in 48 of 48 on
 
 def sensitivity(table: Table, variance: float | Tensor) -> Tensor:
     """$w_m$, what an error of $x_{m+1}$ is worth in the final sample, rms over coordinates; float64, shape `(M,)`."""
-    v = torch.as_tensor(variance, dtype=torch.float64, device="cpu").reshape(1, -1)
+    v = _believable(variance).reshape(1, -1)
     spread = table.alpha[1:, None] ** 2 * v + table.sigma[1:, None] ** 2
     return (spread[-1] / spread).mean(1).sqrt()
 
 
 def total_variance(variance: float | Tensor, size: int) -> float:
     """The trace of the covariance of data with `size` coordinates, given the variance of each or of all."""
-    return float(torch.as_tensor(variance, dtype=torch.float64).mean()) * size
+    return float(_believable(variance).mean()) * size
+
+
+def _believable(variance: float | Tensor) -> Tensor:
+    """As a tensor; a variance of 0 throughout, which would call every error nothing, is taken for 1."""
+    v = torch.as_tensor(variance, dtype=torch.float64, device="cpu")
+    return v if bool((v > 0).any()) else torch.ones_like(v)
 
 
 def apparent_variance(rows: Rows, pair: Pair, otherwise: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, st
     length = rms(step)
     known = pair.seen & (length > 0)
     wrong = rms(rows.step(step, pair.df, None) - mix(jacobian, step))
-    return torch.where(known, wrong / torch.where(known, length, 1.0), unseen)
+    return torch.where(known, wrong / torch.where(known, length, 1.0) + unseen / step.shape[-1], unseen)
 
 
 def rms(values: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class Rounds(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        plain = [one.as_subclass(Tensor) if isinstance(one, Rounds) and func is not Tensor.as_subclass else one for one in args]
-        out = super().__torch_function__(func, (), tuple(plain), kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
         # img2img cuts its timesteps and moves them; all else, such as one timestep for a batch, is a plain tensor
         cut = func is Tensor.__getitem__ and isinstance(args[1], slice)
         if (cut or func in (Tensor.to, Tensor.cpu)) and isinstance(args[0], Rounds):

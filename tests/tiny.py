@@ -300,3 +300,36 @@ def wan() -> Any:
             text_encoder=t5(), tokenizer=fast_tokenizer(),
         )
     )
+
+
+class PolicyPipeline(diffusers.DiffusionPipeline):
+    """A diffusion policy as robots run it: a 1-D UNet denoises a sequence of actions, given what was observed."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self, observation: torch.Tensor, num_inference_steps: int = 100, generator: Any = None, output_type: str = "pt"
+    ) -> tuple[torch.Tensor]:
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        condition = observation[:, :, None].expand(-1, -1, 16)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = self.unet(torch.cat([actions, condition], 1), t).sample
+            actions = self.scheduler.step(output, t, actions, generator=generator).prev_sample
+        return (actions,)
+
+
+def policy() -> Any:
+    unet = seeded(
+        lambda: diffusers.UNet1DModel(
+            in_channels=6, out_channels=2, block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, act_fn="swish",
+            time_embedding_type="positional", use_timestep_embedding=True, flip_sin_to_cos=False, freq_shift=1,
+            down_block_types=("DownResnetBlock1D",) * 3, up_block_types=("UpResnetBlock1D",) * 2,
+            mid_block_type="MidResTemporalBlock1D", out_block_type="OutConv1DBlock",
+        )
+    )  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", clip_sample_range=3.0)
+    return PolicyPipeline(unet, scheduler)

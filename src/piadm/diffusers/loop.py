@@ -58,18 +58,14 @@ GUARDS = (
 )
 
 
-def check_loop(call: Any, name: str) -> list[Guard]:
-    """Reads a pipeline's `__call__`; returns the options that its arguments must leave alone.
+def check_loop(pipeline: type) -> list[Guard]:
+    """Reads a pipeline's class; returns the options that the arguments of its calls must leave alone.
 
     Raises:
-        UnsupportedError: if the loop uses its step number in a way that lanes cannot follow.
+        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(call))))
-    except (OSError, TypeError, SyntaxError):
-        return []  # no source to read
     guards: list[Guard] = []
-    for loop, number in _loops(tree):
+    for loop, number in _loops(pipeline):
         for text in _uses(loop, number):
             found = [guard for guard in GUARDS if re.search(guard.pattern, text)]
             guards += found
@@ -78,20 +74,27 @@ def check_loop(call: Any, name: str) -> list[Guard]:
                 rest = re.sub(pattern, "", rest)
             if re.search(r"\bi\b", rest):
                 raise UnsupportedError(
-                    f"`pipe` is a {name}, whose loop uses the number of the step, `{_short(text)}`: the steps of a window are run "
-                    "together, so only the timestep may tell them apart"
+                    f"`pipe` is a {pipeline.__name__}, whose loop uses the number of the step, `{_short(text)}`: the steps of a window "
+                    "are run together, so only the timestep may tell them apart"
                 )
     return guards
 
 
-def _loops(tree: ast.AST) -> Iterator[tuple[ast.For, str]]:
-    """Loops that step a scheduler, with the name of their step number if they count."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.For) or ".step(" not in ast.unparse(node):
+def _loops(pipeline: type) -> Iterator[tuple[ast.For, str]]:
+    """Loops that step a scheduler, in any of a class's methods, with the name of their step number if they count."""
+    for _, method in inspect.getmembers(pipeline, inspect.isfunction):
+        try:
+            source = inspect.getsource(inspect.unwrap(method))
+        except (OSError, TypeError):
+            continue  # no source to read
+        if "scheduler.step(" not in source:
             continue
-        counted = isinstance(node.iter, ast.Call) and ast.unparse(node.iter.func) == "enumerate"
-        if counted and isinstance(node.target, ast.Tuple) and isinstance(node.target.elts[0], ast.Name):
-            yield node, node.target.elts[0].id
+        for node in ast.walk(ast.parse(textwrap.dedent(source))):
+            if not isinstance(node, ast.For) or "scheduler.step(" not in ast.unparse(node):
+                continue
+            counted = isinstance(node.iter, ast.Call) and ast.unparse(node.iter.func) == "enumerate"
+            if counted and isinstance(node.target, ast.Tuple) and isinstance(node.target.elts[0], ast.Name):
+                yield node, node.target.elts[0].id
 
 
 def _uses(loop: ast.For, number: str) -> Iterator[str]:

@@ -78,7 +78,7 @@ class Parallelized:
         if getattr(pipe, "scheduler", None) is None:
             raise UnsupportedError(f"`pipe` is a {name}, which has no `scheduler`: there are no steps to run in parallel")
         check_scheduler(pipe.scheduler)
-        self._guards = check_loop(type(pipe).__call__, name)
+        self._guards = check_loop(type(pipe))
         self.pipe, self.settings, self.last_result = pipe, settings, None
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
@@ -117,7 +117,7 @@ class Parallelized:
                 )
         if self.settings.window == 1:
             return self._sequentially(call, bound)
-        run = Run(self.settings, pipe.scheduler, self._tables, self._checked)
+        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, bound.arguments.get("generator"))
         width = self._width(bound)
         held: list[Any] = []
 
@@ -227,6 +227,7 @@ def _installed(pipe: Any, run: Run) -> Iterator[None]:
     """The run's scheduler, networks and progress bar, in the pipeline's place."""
     run.scheduler = in_lanes(pipe.scheduler, run)
     run.interrupted = lambda: bool(getattr(pipe, "_interrupt", False))
+    before = dict(vars(pipe))
     with ExitStack() as stack:
         stack.enter_context(_replaced(pipe, "scheduler", run.scheduler))
         for name, module in pipe.components.items():
@@ -237,7 +238,12 @@ def _installed(pipe: Any, run: Run) -> Iterator[None]:
                 stack.enter_context(_replaced(module, entry, _in_lanes(run, getattr(module, entry), name)))
         if hasattr(pipe, "progress_bar"):
             stack.enter_context(_replaced(pipe, "progress_bar", _progress(pipe.progress_bar, run)))
-        yield
+        try:
+            yield
+        except BaseException:
+            # what the pipeline notes of its loop, such as the current timestep, has lanes
+            vars(pipe).update({name: value for name, value in before.items() if isinstance(vars(pipe).get(name), Tensor)})
+            raise
 
 
 def _in_lanes(run: Run, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -274,6 +280,7 @@ def _on_step_end(callback: Callable[..., Any], run: Run) -> Callable[..., dict[s
     def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         shown = {name: run.shown(name, value) for name, value in tensors.items()}
         returned = callback(pipe, *run.place(), dict(shown)) or {}
+        run.note_random()
         for name, value in returned.items():
             if name in shown and value is not shown[name]:
                 raise UnsupportedError(
@@ -288,5 +295,6 @@ def _on_step_end(callback: Callable[..., Any], run: Run) -> Callable[..., dict[s
 def _legacy(callback: Callable[..., Any], run: Run) -> Callable[..., None]:
     def call(step: int, timestep: Any, latents: Tensor) -> None:
         callback(*run.place(), run.shown("latents", latents))
+        run.note_random()
 
     return call

@@ -8,7 +8,8 @@ with $g$ the network's raw output and $h$ the tensors that the scheduler keeps b
 sample, the first half of a Heun step. So `step` is run once on *unit impulses*: entry $i$ of a tiny sample is 1 for the $i$-th
 argument and 0 for the others, every remembered tensor being replaced by its own impulse and every `torch.randn` by that of
 $ξ$. What comes out are the coefficients of the row. A second row of the same sample holds random numbers and must come out as
-the coefficients predict: this refuses schedulers that are not linear.
+the coefficients predict: this refuses schedulers that are not linear. In the end the scheduler is run once more, on random
+numbers from its first step to its last, beside its table.
 
 Remembered tensors that no later sample depends on are dropped; those that are left are the further components of the state.
 With $f = P x + Q g$, the prediction of $x_0$, in place of $g$, the rows are those of a `Table`.
@@ -329,11 +330,13 @@ def _compose(
     scale = (alpha**2 + sigma**2).sqrt()
     # levels at the states evaluated must be those at which a constant prediction arrives
     wrong = (clean[:-1] - alpha).abs() > 0.05 * scale
+    if not bool(C.any()):
+        wrong |= (noise[:-1] - sigma).abs() > 0.05 * scale
     if bool(wrong.any()):
         m = int(wrong.nonzero()[0])
         raise UnsupportedError(
-            f"`scheduler` is a {name}: a network that always predicts the image c is carried to {clean[m]:.3g} c at step {m}, where "
-            f"the scheduler's noise levels say {alpha[m]:.3g} c; piadm does not understand this scheduler, use DDIM or Euler"
+            f"`scheduler` is a {name}: if a network always predicts the image c, step {m} has {clean[m]:.3g} c + {noise[m]:.3g} n, "
+            f"where its noise levels say {alpha[m]:.3g} c + {sigma[m]:.3g} n; piadm does not understand it, use DDIM or Euler"
         )
     alpha, sigma = torch.cat([alpha, clean[-1:]]), torch.cat([sigma, noise[-1:].clamp(min=0)])
     return Table(A, B, C, torch.arange(steps), alpha, sigma, 1.0), tuple(noise_slot)

@@ -13,7 +13,9 @@ from torch import Tensor
 from piadm.diffusers.lanes import Lanes, Network, Values
 from piadm.diffusers.probe import Probe, UnsupportedError, clipped, probe
 from piadm.diffusers.scheduler import SchedulerNoise, out_of_lanes
+from piadm.errors import NonFiniteError
 from piadm.fills import Jump
+from piadm.noise import GeneratorLike, read_generators
 from piadm.propagators import Secant
 from piadm.result import Result
 from piadm.solver import Solver, State
@@ -35,6 +37,9 @@ class Opening:
     """The first step alone, as the pipeline itself takes it; then `size` steps, the same ones for all samples.
 
     A lane has one timestep for the whole batch, so samples advance together.
+
+    Arguments:
+        size: Steps of the window.
     """
 
     size: int
@@ -58,10 +63,14 @@ class Run:
         scheduler: The user's; it is not changed.
         tables: Tables probed in earlier calls.
         checked: Names of networks whose lanes were compared with a single evaluation in earlier calls.
+        generator: What the pipeline was called with.
     """
 
-    def __init__(self, settings: Settings, scheduler: Any, tables: dict[Any, Probe], checked: set[Any]) -> None:
+    def __init__(
+        self, settings: Settings, scheduler: Any, tables: dict[Any, Probe], checked: set[Any], generator: GeneratorLike
+    ) -> None:
         self.settings, self.base, self.tables, self.checked = settings, type(scheduler), tables, checked
+        self.generators = [one for one in read_generators(generator) if one is not None]
         self.lanes: Lanes | None = None
         self.scheduler: Any = None  # the one in lanes, set by who installs it
         self.interrupted: Callable[[], bool] = lambda: False
@@ -111,6 +120,11 @@ class Run:
     def step(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> Any:
         """One round: the pipeline's output for every lane in, the states of the next window out."""
         as_object = bool(options.pop("return_dict", True))
+        if self.state is not None and not all(map(torch.equal, self.random, self._random())):
+            raise UnsupportedError(
+                "random numbers were drawn inside the pipeline's loop, by other than its scheduler: they would depend on the window, not "
+                "on the step (networks left in training mode do that, too: call .eval())"
+            )
         if self.state is None:
             self._open(output, sample, options)
             assert self.state is not None
@@ -120,6 +134,7 @@ class Run:
         else:
             (prediction,) = self._lanes.beneath(self._round, output, sample)
         self._report()
+        self.note_random()
         if self.state.done:
             states = self._front()
             prediction = self.last_prediction
@@ -155,6 +170,14 @@ class Run:
         """What an interrupted run returns: the newest prediction of the sample."""
         assert self.state is not None
         return self.solver.prediction(self.state).reshape(self.shape).to(self.dtype)
+
+    def note_random(self) -> None:
+        """From here to the next step nobody may draw random numbers."""
+        self.random = self._random()
+
+    def _random(self) -> list[Tensor]:
+        states = [torch.get_rng_state(), *(one.get_state() for one in self.generators)]
+        return states if self.device.type != "cuda" else [*states, torch.cuda.get_rng_state(self.device)]
 
     # What the networks ask
 
@@ -192,7 +215,7 @@ class Run:
         if key not in self.tables:
             self.tables[key] = probe(self.plain, self.times, computing)
         self.probe = self.tables[key]
-        self.shape, self.dtype = tuple(sample.shape), sample.dtype
+        self.shape, self.dtype, self.device = tuple(sample.shape), sample.dtype, sample.device
         dtype = torch.promote_types(sample.dtype, torch.float32)
         noise = SchedulerNoise(self.plain, self.probe, output, sample, options, dtype)
         self.options = options
@@ -239,7 +262,11 @@ class Run:
         shown = f.reshape(live, *self.shape).to(self.dtype)
         if bool(changed.any()):
             f = self._pin(state, f, changed, live)
-        self.state = self.solver.update(state, f.flatten(0, 1))
+        try:
+            self.state = self.solver.update(state, f.flatten(0, 1))
+        except NonFiniteError as error:
+            error.x = error.x.reshape(self.shape)
+            raise
         residual = self.state.residual.nan_to_num(-1.0).amax(1)
         self.residuals.append(residual.masked_fill(residual < 0, torch.nan))
         self.windows.append(self.state.window)

@@ -49,6 +49,9 @@ class Rounds(Tensor):
             return Rounds.of(out, args[0].driver)
         return out
 
+    def __deepcopy__(self, memo: Any) -> Rounds:
+        return Rounds.of(self.as_subclass(Tensor).clone(), self.driver)
+
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         return self.driver.rounds(self.as_subclass(Tensor))
 

@@ -40,7 +40,9 @@ SCHEDULERS: dict[str, Any] = {
     "DPM-Solver++ 3M": lambda: diffusers.DPMSolverMultistepScheduler(**STABLE, solver_order=3),
     "DPM-Solver++ SDE": lambda: diffusers.DPMSolverMultistepScheduler(**STABLE, algorithm_type="sde-dpmsolver++"),
     "DPM-Solver++ thresholded": lambda: diffusers.DPMSolverMultistepScheduler(thresholding=True, sample_max_value=2.0),
-    "DPM-Solver epsilon": lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
+    "DPM-Solver epsilon": lambda: diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver", final_sigmas_type="sigma_min"
+    ),
     "DPM-Solver flow": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
     "DPM-Solver singlestep": lambda: diffusers.DPMSolverSinglestepScheduler(**STABLE),
     "DEIS": lambda: diffusers.DEISMultistepScheduler(**STABLE),
@@ -192,7 +194,10 @@ class Shifted(diffusers.DDIMScheduler):
         (diffusers.DDPMScheduler(variance_type="learned_range"), "its noise depends on the network"),
         (diffusers.CMStochasticIterativeScheduler(), "not a linear|not understand"),
         (diffusers.DDIMInverseScheduler(), "always predicts the image c"),
-        (diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False), "use v_prediction|not a linear"),
+        (
+            diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False),
+            "use v_prediction|not a linear",
+        ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )

@@ -28,7 +28,7 @@ from torch import Tensor
 from piadm.certificate import information
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
-from piadm.noise import Noise
+from piadm.noise import NoiseSource
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
 from piadm.stopping import CAUTION, SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
@@ -115,7 +115,7 @@ class Solver:
     """
 
     table: Table
-    noise: Noise
+    noise: NoiseSource
     propagator: Propagator
     window: Window
     fill: Fill

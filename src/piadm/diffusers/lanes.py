@@ -60,7 +60,7 @@ class Lanes:
 
     def beneath(self, act: Callable[[Values], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
         """Runs `act` on the tensors with their lanes first; its results, likewise of `width` lanes, hide them again."""
-        out: tuple[Tensor, ...] = _Beneath.apply(self.lane, act, *tensors)
+        out: tuple[Tensor, ...] = _Beneath.apply(self.lane, act, *tensors)  # type: ignore[no-untyped-call]
         return out
 
     def hide(self, values: Tensor) -> Tensor:
@@ -94,9 +94,7 @@ class Network:
     def __init__(self, forward: Callable[..., Any], name: str) -> None:
         self.forward, self.name = forward, name
 
-    def __call__(
-        self, lanes: Lanes, live: int, check: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, bool]:
+    def __call__(self, lanes: Lanes, live: int, check: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """Output as the pipeline expects it, and whether the arguments had lanes.
 
         Arguments:
@@ -152,10 +150,10 @@ class Network:
         for leaf in out:
             if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != rows * live):
                 raise UnsupportedError(
-                    f"`{self.name}` returned a tensor of shape {tuple(leaf.shape)} for {rows * live} rows: its output does not run "
-                    "along the batch, so the steps of a window cannot be evaluated in one batch"
+                    f"`{self.name}` returned a tensor of shape {tuple(leaf.shape)} for {rows * live} rows: its output does not "
+                    "run along the batch, so the steps of a window cannot be evaluated in one batch"
                 )
-        tensors = [leaf.unflatten(0, (rows, live)).transpose(0, 1) for leaf in out if isinstance(leaf, Tensor)]
+        tensors = [leaf.reshape(rows, live, *leaf.shape[1:]).transpose(0, 1) for leaf in out if isinstance(leaf, Tensor)]
         if check:
             single = list(leaves)
             for place, (value, has) in zip(places, values, strict=True):
@@ -175,8 +173,8 @@ class Network:
             return value.repeat(rows)
         if value.shape[1] not in (1, rows):
             raise UnsupportedError(
-                f"`{self.name}` is given a tensor of shape {tuple(value.shape[1:])} that differs from step to step, but its batch has "
-                f"{rows} rows: the steps of a window cannot be evaluated in one batch"
+                f"`{self.name}` is given a tensor of shape {tuple(value.shape[1:])} that differs from step to step, but its "
+                f"batch has {rows} rows: the steps of a window cannot be evaluated in one batch"
             )
         return value.expand(-1, rows, *value.shape[2:]).transpose(0, 1).flatten(0, 1)
 
@@ -189,7 +187,7 @@ class Network:
             size, gap = float(one.abs().max()), float((one - same).abs().max())
             if gap > loose * size:
                 raise UnsupportedError(
-                    f"`{self.name}` gives a step another answer in a batch with other steps than alone (they differ by {gap:.2g}, the "
-                    f"answer's largest entry is {size:.2g}): its rows influence each other or it draws random numbers (dropout, "
-                    "batch normalisation: call .eval()), so the steps of a window cannot share a batch"
+                    f"`{self.name}` gives a step another answer in a batch with other steps than alone (they differ by "
+                    f"{gap:.2g}, the answer's largest entry is {size:.2g}): its rows influence each other or it draws random "
+                    "numbers (dropout, batch normalisation: call .eval()), so the steps of a window cannot share a batch"
                 )

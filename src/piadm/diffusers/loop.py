@@ -44,8 +44,8 @@ class Guard:
         for value in given if isinstance(given, list | tuple) and given else [given]:
             if not any(value is one or value == one for one in self.harmless):
                 raise UnsupportedError(
-                    f"`{self.argument}` is {given!r}: {name} then switches something at a certain number of the step, which the steps "
-                    f"of a window do not share; leave it at {self.harmless[0]!r}"
+                    f"`{self.argument}` is {given!r}: {name} then switches something at a certain number of the step, which "
+                    f"the steps of a window do not share; leave it at {self.harmless[0]!r}"
                 )
 
 
@@ -74,8 +74,8 @@ def check_loop(pipeline: type) -> list[Guard]:
                 rest = re.sub(pattern, "", rest)
             if re.search(r"\bi\b", rest):
                 raise UnsupportedError(
-                    f"`pipe` is a {pipeline.__name__}, whose loop uses the number of the step, `{_short(text)}`: the steps of a window "
-                    "are run together, so only the timestep may tell them apart"
+                    f"`pipe` is a {pipeline.__name__}, whose loop uses the number of the step, `{_short(text)}`: the steps of "
+                    "a window are run together, so only the timestep may tell them apart"
                 )
     return guards
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piadm.certificate import EXACT
 from piadm.denoiser import require_moments
 from piadm.diffusers.lanes import Lanes, Network
 from piadm.diffusers.loop import check_loop
@@ -31,11 +32,12 @@ def parallelize(
     tolerance: float = 1e-2,
     mean: float | Tensor = 0.0,
     variance: float | Tensor = 1.0,
+    exact: bool = False,
 ) -> Parallelized:
     r"""A diffusers pipeline that samples in parallel across time, called as the pipeline itself is.
 
-    It returns what `pipe(...)` returns, for the same arguments and generator, to `tolerance`, in fewer rounds of network calls. The
-    pipeline is not changed; during a call its scheduler is replaced and its networks are wrapped, and both are put back.
+    It returns what `pipe(...)` returns, for the same arguments and generator, to `tolerance`, in fewer rounds of network calls.
+    The pipeline is not changed; during a call its scheduler is replaced and its networks are wrapped, and both are put back.
 
     Arguments:
         pipe: A pipeline with a `scheduler` and a loop over its timesteps.
@@ -46,10 +48,13 @@ def parallelize(
         mean: Mean of the latents (a guess costs rounds).
         variance: Variance of the latents per coordinate, about 1 for latent diffusion, 0.3 for pixels in [-1, 1] (a bad
             guess costs rounds and misleads the stopping rule).
+        exact: Whether samples are to have exactly the law of the sequential run, as `piadm.Exact` does it, in place of being
+            within `tolerance` of its sample: for schedulers that draw noise, one sample a call. Schedulers that remember
+            earlier outputs gain nothing from it: a step is tested only if its noise reaches all of its state.
 
     Raises:
-        UnsupportedError: (a `ValueError`) for a pipeline or scheduler that cannot be run in parallel, with the reason, before any
-            work where it can be known.
+        UnsupportedError: (a `ValueError`) for a pipeline or scheduler that cannot be run in parallel, with the reason, before
+            any work where it can be known.
         ValueError, TypeError: for arguments that do not fit.
         NonFiniteError: from a call, if the network returns NaN or infinity.
     """
@@ -57,7 +62,7 @@ def parallelize(
         require_count("window", window, "window=32")
     require_positive("tolerance", tolerance, "tolerance=1e-2")
     require_moments(mean, variance)
-    return Parallelized(pipe, Settings(window, tolerance, mean, variance))
+    return Parallelized(pipe, Settings(window, tolerance, mean, variance, 2.0 if exact else None))
 
 
 class Parallelized:
@@ -133,8 +138,9 @@ class Parallelized:
             except RuntimeError as error:
                 if run.looping and "vmap" in str(error):
                     raise UnsupportedError(
-                        f"`pipe` is a {name}, whose loop decides something by the value of the timestep or the state, or writes it into a "
-                        f"tensor of its own: the steps of a window are run together and have no one value ({str(error).split('.')[0]})"
+                        f"`pipe` is a {name}, whose loop decides something by the value of the timestep or the state, or "
+                        "writes it into a tensor of its own: the steps of a window are run together and have no one value "
+                        f"({str(error).split('.')[0]})"
                     ) from error
                 raise
         self.last_result = run.result
@@ -161,6 +167,7 @@ class Parallelized:
             windows=(),
             converged=True,
             error=torch.zeros(len(seen[0])),
+            certificate=EXACT,
             seconds=time.perf_counter() - started,
             network_seconds=float("nan"),
         )
@@ -241,8 +248,9 @@ def _installed(pipe: Any, run: Run) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            # what the pipeline notes of its loop, such as the current timestep, has lanes
-            vars(pipe).update({name: value for name, value in before.items() if isinstance(vars(pipe).get(name), Tensor)})
+            # what the pipeline noted of its unfinished call goes too: its current timestep has lanes
+            vars(pipe).clear()
+            vars(pipe).update(before)
             raise
 
 
@@ -284,8 +292,8 @@ def _on_step_end(callback: Callable[..., Any], run: Run) -> Callable[..., dict[s
         for name, value in returned.items():
             if name in shown and value is not shown[name]:
                 raise UnsupportedError(
-                    f"`callback_on_step_end` returned another {name!r}: piadm runs the steps of a window together, so a callback may "
-                    "look at a step or interrupt the run, not change it"
+                    f"`callback_on_step_end` returned another {name!r}: piadm runs the steps of a window together, so a "
+                    "callback may look at a step or interrupt the run, not change it"
                 )
         return {"latents": run.partial()} if run.interrupted() else {}
 

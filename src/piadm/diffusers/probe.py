@@ -125,7 +125,7 @@ def check_scheduler(scheduler: Any) -> None:
     name = type(scheduler).__name__
     step, scale = getattr(scheduler, "step", None), getattr(scheduler, "set_timesteps", None)
     if not (callable(step) and callable(scale)):
-        raise UnsupportedError(f"`scheduler` is a {name}, without `set_timesteps` and `step`: give one of diffusers' schedulers")
+        raise UnsupportedError(f"`scheduler` is a {name}, without `set_timesteps` and `step`: give a scheduler of diffusers")
     names = list(inspect.signature(step).parameters)[:3]
     if names != ["model_output", "timestep", "sample"]:
         raise UnsupportedError(
@@ -138,7 +138,8 @@ def check_scheduler(scheduler: Any) -> None:
         if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
     if required:
-        raise UnsupportedError(f"`scheduler` is a {name}, whose step also needs {', '.join(required)}: piadm cannot supply that")
+        wanted = ", ".join(required)
+        raise UnsupportedError(f"`scheduler` is a {name}, whose step also needs {wanted}: piadm cannot supply that")
     config = getattr(scheduler, "config", {})
     if str(config.get("variance_type", "")).startswith("learned"):
         raise UnsupportedError(
@@ -226,33 +227,34 @@ def _row(scheduler: Any, t: Tensor, options: Mapping[str, Any]) -> _Row:
     if mode.draws > 1:
         raise UnsupportedError(f"`scheduler` is a {name}, which draws {mode.draws} noises in one step: piadm reproduces one")
     out: dict[Slot | None, Tensor] = {None: first_output(returned)}
-    out |= memory(scheduler, SHAPE)
+    for slot, kept in memory(scheduler, SHAPE).items():
+        out[slot] = kept
     coefficients: dict[Slot | None, Tensor] = {}
-    for slot, values in out.items():
+    for place, values in out.items():
         row = values[0, 0, IMPULSES].double()
         predicted, seen = row @ trial, values[0, 0, TRIAL, 0].double()
         size = (row.abs() @ trial.abs()).clamp(min=1e-6)
         if not bool(values.isfinite().all()) or bool((predicted - seen).abs() > 1e-3 * size):
-            what = "the next sample" if slot is None else f"`{slot[0]}`"
+            what = "the next sample" if place is None else f"`{place[0]}`"
             raise UnsupportedError(
                 f"`scheduler` is a {name}: {what} after timestep {float(t):g} is not a linear, finite function of the state, "
-                "the network's output and the noise, so it has no table; use a scheduler of the DDIM, Euler or DPM-Solver family"
+                "the output and the noise, so it has no table; use a scheduler of the DDIM, Euler or DPM-Solver family"
             )
-        coefficients[slot] = row
+        coefficients[place] = row
     return _Row(coefficients, before, float(scaled[0, 0, IMPULSES, STATE]), index, precondition, _fields(returned))
 
 
 def _fields(returned: Any) -> tuple[type, tuple[str, ...]]:
     if isinstance(returned, tuple):
-        return tuple, ("prev_sample",) + tuple(f"extra_{i}" for i in range(1, len(returned)))
+        return tuple, ("prev_sample", *(f"extra_{i}" for i in range(1, len(returned))))
     return type(returned), tuple(returned.keys()) if isinstance(returned, Mapping) else ("prev_sample",)
 
 
 def _levels(scheduler: Any, indices: list[int | None], times: Tensor, scaling: Tensor) -> tuple[Tensor, Tensor]:
     r"""$α, σ$ of the states that are evaluated, shape `(M,)`.
 
-    In diffusers a state is $\sqrt{\barα} x_0 + \sqrt{1 - \barα} ε$ (schedulers with `alphas_cumprod` alone), $x_0 + σ ε$ (those with
-    `sigmas` too, whose network sees the scaled state), what `_sigma_to_alpha_sigma_t` says, or $(1 - σ) x_0 + σ ε$.
+    In diffusers a state is $\sqrt{\barα} x_0 + \sqrt{1 - \barα} ε$ (schedulers with `alphas_cumprod` alone), $x_0 + σ ε$ (those
+    with `sigmas` too, whose network sees the scaled state), what `_sigma_to_alpha_sigma_t` says, or $(1 - σ) x_0 + σ ε$.
     """
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, Tensor) and None not in indices:
@@ -335,8 +337,9 @@ def _compose(
     if bool(wrong.any()):
         m = int(wrong.nonzero()[0])
         raise UnsupportedError(
-            f"`scheduler` is a {name}: if a network always predicts the image c, step {m} has {clean[m]:.3g} c + {noise[m]:.3g} n, "
-            f"where its noise levels say {alpha[m]:.3g} c + {sigma[m]:.3g} n; piadm does not understand it, use DDIM or Euler"
+            f"`scheduler` is a {name}: if a network always predicts the image c, step {m} has {clean[m]:.3g} c + "
+            f"{noise[m]:.3g} n, where its noise levels say {alpha[m]:.3g} c + {sigma[m]:.3g} n; piadm does not understand it, "
+            "use DDIM or Euler"
         )
     alpha, sigma = torch.cat([alpha, clean[-1:]]), torch.cat([sigma, noise[-1:].clamp(min=0)])
     return Table(A, B, C, torch.arange(steps), alpha, sigma, 1.0), tuple(noise_slot)
@@ -354,9 +357,7 @@ def _carried(A: Tensor, B: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor
     return torch.stack(path)[:, 0, 0], torch.stack(path)[:, 1, 0]
 
 
-def _clipping(
-    scheduler: Any, times: Tensor, options: Mapping[str, Any], Q: Tensor, table: Table, name: str
-) -> Tensor:
+def _clipping(scheduler: Any, times: Tensor, options: Mapping[str, Any], Q: Tensor, table: Table, name: str) -> Tensor:
     """$κ$: how much of a clip of the predicted $x_0$ arrives in the next sample, as a share of what $f$ itself does."""
     if "clip_sample" not in scheduler.config:
         return torch.ones(len(times), dtype=torch.float64)  # thresholding alone: all is built from the thresholded x_0
@@ -383,7 +384,7 @@ def clipped(scheduler: Any, x0: Tensor, kappa: Tensor) -> Tensor:
     """$f$ from predictions `x0` of shape `(rows, *event)`, as the scheduler clips or thresholds them; `kappa` broadcasts."""
     config = scheduler.config
     if config.get("thresholding", False):
-        inside = scheduler._threshold_sample(x0)
+        inside: Tensor = scheduler._threshold_sample(x0)
     else:
         limit = config.get("clip_sample_range", 1.0)
         inside = x0.clamp(-limit, limit)
@@ -429,6 +430,6 @@ def _verify(scheduler: Any, found: Probe, options: Mapping[str, Any]) -> None:
         gap = float((x - state[0, 0, 0].reshape(SHAPE)).abs().max())
         if not gap <= 1e-3 * max(1.0, float(x.abs().max())):
             raise UnsupportedError(
-                f"`scheduler` is a {type(scheduler).__name__} whose table, read off it step by step, does not reproduce a whole run: "
-                f"they are {gap:.2g} apart after step {m}; please report it, and use a scheduler of the DDIM, Euler or DPM-Solver family"
+                f"`scheduler` is a {type(scheduler).__name__} whose table, read off it step by step, does not reproduce a "
+                f"whole run: they are {gap:.2g} apart after step {m}; use a scheduler of the DDIM, Euler or DPM-Solver family"
             )

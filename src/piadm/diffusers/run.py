@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.certificate import EXACT, Certificate
 from piadm.diffusers.lanes import Lanes, Network, Values
 from piadm.diffusers.probe import Probe, UnsupportedError, clipped, probe
 from piadm.diffusers.scheduler import SchedulerNoise, out_of_lanes
@@ -19,6 +20,7 @@ from piadm.noise import GeneratorLike, read_generators
 from piadm.propagators import Secant
 from piadm.result import Result
 from piadm.solver import Solver, State
+from piadm.speculative import SpeculativeSolver
 from piadm.tables import Table
 
 
@@ -30,17 +32,12 @@ class Settings:
     tolerance: float
     mean: float | Tensor
     variance: float | Tensor
+    threshold: float | None
 
 
 @dataclass(frozen=True)
 class Opening:
-    """The first step alone, as the pipeline itself takes it; then `size` steps, the same ones for all samples.
-
-    A lane has one timestep for the whole batch, so samples advance together.
-
-    Arguments:
-        size: Steps of the window.
-    """
+    """The first step alone, as the pipeline itself takes it; then the next `size` steps."""
 
     size: int
 
@@ -48,8 +45,15 @@ class Opening:
         """Fits every table."""
 
     def advance(self, table: Table, rounds: int, ready: Tensor) -> tuple[Tensor, Tensor]:
-        start = ready.min().expand_as(ready)
-        return start, (start + (self.size if rounds else 1)).clamp(max=len(table))
+        return ready, (ready + (self.size if rounds else 1)).clamp(max=len(table))
+
+
+@dataclass(frozen=True)
+class Together(Opening):
+    """Likewise, but the same steps for all samples: a lane has one timestep for the whole batch."""
+
+    def advance(self, table: Table, rounds: int, ready: Tensor) -> tuple[Tensor, Tensor]:
+        return super().advance(table, rounds, ready.min().expand_as(ready))
 
 
 class Run:
@@ -122,8 +126,8 @@ class Run:
         as_object = bool(options.pop("return_dict", True))
         if self.state is not None and not all(map(torch.equal, self.random, self._random())):
             raise UnsupportedError(
-                "random numbers were drawn inside the pipeline's loop, by other than its scheduler: they would depend on the window, not "
-                "on the step (networks left in training mode do that, too: call .eval())"
+                "random numbers were drawn inside the pipeline's loop, by other than its scheduler: they would depend on the "
+                "window, not on the step (networks left in training mode do that, too: call .eval())"
             )
         if self.state is None:
             self._open(output, sample, options)
@@ -207,8 +211,9 @@ class Run:
     def _open(self, output: Tensor, sample: Tensor, options: dict[str, Any]) -> None:
         if output.shape != sample.shape:
             raise UnsupportedError(
-                f"`scheduler.step` is given an output of shape {tuple(output.shape)} for a state of shape {tuple(sample.shape)}: a "
-                "learned variance makes the noise depend on the network, and such steps are no table; use DDIMScheduler"
+                f"`scheduler.step` is given an output of shape {tuple(output.shape)} for a state of shape "
+                f"{tuple(sample.shape)}: a learned variance makes the noise depend on the network, and such steps are no "
+                "table; use DDIMScheduler"
             )
         computing = {name: value for name, value in options.items() if name != "generator" and value is not None}
         key = self._key(computing)
@@ -219,16 +224,29 @@ class Run:
         dtype = torch.promote_types(sample.dtype, torch.float32)
         noise = SchedulerNoise(self.plain, self.probe, output, sample, options, dtype)
         self.options = options
-        size = self._lanes.width
-        settings = self.settings
-        self.solver = Solver(
-            self.probe.table, noise, Secant(settings.variance), Opening(size), Jump(settings.mean, settings.variance),
-            settings.tolerance, settings.variance,
-        )  # fmt: skip
+        self.solver = self._solver(noise, len(sample))
         self.rows = self.probe.table.cast(sample.device, dtype)
         self.state = self.solver.init(sample.to(dtype).reshape(len(sample), -1))
         self._returned = sample[None]
         self._pinned: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _solver(self, noise: SchedulerNoise, samples: int) -> Solver:
+        mean, variance, tolerance = self.settings.mean, self.settings.variance, self.settings.tolerance
+        table, size = self.probe.table, self._lanes.width
+        if self.settings.threshold is None:
+            return Solver(table, noise, Secant(variance), Together(size), Jump(mean, variance), tolerance, variance)
+        if samples > 1:
+            raise UnsupportedError(
+                f"`exact` is True for a batch of {samples}: samples of an exact run finish steps one by one, but a pipeline "
+                "has one timestep for the whole batch; call it once for each sample"
+            )
+        if not table.stochastic:
+            raise UnsupportedError(
+                f"`exact` is True but {self.base.__name__} draws no noise with these settings, so there is no law to be exact "
+                "in: use DDPMScheduler, EulerAncestralDiscreteScheduler or DDIMScheduler with eta=1, or leave `exact` out"
+            )
+        policies = Secant(variance), Opening(size), Jump(mean, variance), tolerance, variance
+        return SpeculativeSolver(table, noise, *policies, threshold=self.settings.threshold)
 
     def _key(self, computing: Mapping[str, Any]) -> Any:
         config = repr(sorted((name, repr(value)) for name, value in dict(self.plain.config).items()))
@@ -252,6 +270,11 @@ class Run:
         changed = sample != self._returned
         if bool(changed.any()):
             changed = changed.reshape(flat)
+            if self.settings.threshold is not None:
+                raise UnsupportedError(
+                    "`exact` is True but the pipeline changes the state after scheduler.step, as inpainting does: what it puts "
+                    "there is no step with noise, so there is no law to be exact in; leave `exact` out"
+                )
             x = torch.where(changed, sample.to(dtype).reshape(flat), x)
             whole = state.x.clone()
             whole[:-1, 0] = x
@@ -329,8 +352,12 @@ class Run:
             windows=tuple(self.windows),
             converged=True,
             error=state.error,
+            certificate=Certificate.of(self.probe.table, state.nats, state.drift, rigorous=False)
+            if self.settings.threshold is None
+            else EXACT,
             seconds=time.perf_counter() - self.started,
             network_seconds=self.network_seconds,
+            acceptance=self.solver.acceptance(state),
         )
 
     def _front(self) -> Tensor:

@@ -6,12 +6,14 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from piadm.diffusers.probe import Probe, first_output, memory, remember
+from piadm.noise import read_generators
 
 
 class Driver(Protocol):
@@ -52,7 +54,7 @@ class Rounds(Tensor):
     def __deepcopy__(self, memo: Any) -> Rounds:
         return Rounds.of(self.as_subclass(Tensor).clone(), self.driver)
 
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Tensor]:
         return self.driver.rounds(self.as_subclass(Tensor))
 
 
@@ -83,7 +85,7 @@ def in_lanes(scheduler: Any, driver: Driver) -> Any:
         del given["timestep"]
         return driver.step(output, sample, given)
 
-    own = {set_timesteps, scale_model_input, add_noise, scale_noise, step}
+    own: set[Callable[..., Any]] = {set_timesteps, scale_model_input, add_noise, scale_noise, step}
     methods = {one.__name__: wraps(getattr(base, one.__name__))(one) for one in own if hasattr(base, one.__name__)}
     out = copy.deepcopy(scheduler)
     out.__class__ = type(base.__name__, (base,), {"__module__": base.__module__, **methods})
@@ -135,6 +137,9 @@ class SchedulerNoise:
         self.device, self.dtype = sample.device, dtype
         self._drawn: dict[int, Tensor] = {}
         self._next = 0
+        generators = read_generators(self.options.get("generator"))
+        states = [torch.get_rng_state() if one is None else one.get_state() for one in generators]
+        self._seed = blake2b(b"".join(bytes(state.tolist()) for state in states), digest_size=8).hexdigest()
 
     def __call__(self, first: int, last: int) -> Tensor:
         """$ξ_m$ for $m$ from `first` up to but excluding `last`, in the first component; shape `(last - first, k, S, D)`."""
@@ -146,10 +151,19 @@ class SchedulerNoise:
         xi = torch.stack([self._drawn[step] for step in range(first, last)])[:, None]
         return torch.cat([xi, xi.new_zeros(len(xi), self.probe.table.components - 1, *xi.shape[2:])], 1)
 
+    def uniform(self, first: int, last: int) -> Tensor:
+        """$u_m$ for exact runs, a function of the generators' state at the start and of $m$; shape `(last - first, S)`."""
+        rows = []
+        for step in range(first, last):
+            digest = blake2b(f"{self._seed}:{step}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            rows.append(torch.rand(len(self.sample), generator=generator, dtype=self.dtype))
+        return torch.stack(rows).to(self.device)
+
     def _draw(self, step: int) -> Tensor:
         shape = tuple(self.sample.shape)
-        for slot, old in memory(self.scheduler, shape).items():
-            remember(self.scheduler, slot, torch.zeros_like(old))
+        for kept, old in memory(self.scheduler, shape).items():
+            remember(self.scheduler, kept, torch.zeros_like(old))
         t = self.probe.times[step]
         if hasattr(self.scheduler, "scale_model_input"):
             self.scheduler.scale_model_input(self.sample, t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -527,3 +528,34 @@ def policy() -> Any:
     )
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", clip_sample_range=3.0)
     return PolicyPipeline(unet, scheduler)
+
+
+class Small(Linear):
+    """Likewise with an output that saturates: contractive whatever the scheduler, and not linear."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> Any:
+        rows = self.gain(timestep.reshape(-1, 1, 1, 1).float()) * self.scale * torch.tanh(sample)
+        return diffusers.models.unets.unet_2d.UNet2DOutput(sample=rows.to(sample.dtype))
+
+
+class LoopPipeline(diffusers.DiffusionPipeline):
+    """The loop that all pipelines share, for any scheduler."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self, num_inference_steps: int = 10, generator: Any = None, batch_size: int = 2, **step_options: Any
+    ) -> tuple[torch.Tensor]:
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps
+        latents = torch.randn(batch_size, 4, 4, 4, generator=generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_options["generator"] = generator
+        for t in self.progress_bar(timesteps):
+            scaled = self.scheduler.scale_model_input(latents, t) if hasattr(self.scheduler, "scale_model_input") else latents
+            output = self.unet(scaled, t).sample
+            latents = self.scheduler.step(output, t, latents, **step_options, return_dict=False)[0]
+        return (latents,)

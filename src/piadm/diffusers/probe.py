@@ -167,7 +167,7 @@ def probe(scheduler: Any, times: Tensor, step_options: Mapping[str, Any] | None 
 
     Raises:
         UnsupportedError: if `step` is not linear, draws more than one noise, or does not carry a constant prediction $c$
-            along $α c + σ n$.
+            anywhere near $α c + σ n$.
     """
     check_scheduler(scheduler)
     options = dict(step_options or {})
@@ -330,10 +330,11 @@ def _compose(
         noise_slot.append(best)
     clean, noise = _carried(A, B, alpha, sigma)
     scale = (alpha**2 + sigma**2).sqrt()
-    # levels at the states evaluated must be those at which a constant prediction arrives
-    wrong = (clean[:-1] - alpha).abs() > 0.05 * scale
+    # A constant prediction must arrive near the levels of the states evaluated. Only near: DDIM steps by a fixed stride past
+    # the timesteps of some spacings. Levels shape the linear model and the stopping rule, not what a run converges to.
+    wrong = (clean[:-1] - alpha).abs() > 0.5 * scale
     if not bool(C.any()):
-        wrong |= (noise[:-1] - sigma).abs() > 0.05 * scale
+        wrong |= (noise[:-1] - sigma).abs() > 0.5 * scale
     if bool(wrong.any()):
         m = int(wrong.nonzero()[0])
         raise UnsupportedError(

@@ -111,7 +111,7 @@ def test_the_result_tells_of_the_last_call(pipe):
         result.rounds,
         result.rounds,
     )
-    assert result.windows[0] == (0, 1)
+    assert result.windows[0] == (0, 6)
     assert all(stop - start <= 6 for start, stop in result.windows)
     assert sum(stop - start for start, stop in result.windows) == result.evaluations
     assert result.certificate.kl is None

@@ -141,7 +141,7 @@ class Network:
         values: Values,
     ) -> tuple[list[Tensor], list[Any], Any]:
         """The network on `rows × live` rows: its tensors with lanes first, its output's leaves and their structure."""
-        rows = next((value.shape[1] for value, has in values if has and value.ndim >= 3), 1)
+        rows = self._count(values)
         flat = list(leaves)
         for place, (value, has) in zip(places, values, strict=True):
             flat[place] = self._spread(value, has, rows, live)
@@ -162,6 +162,12 @@ class Network:
             alone = [leaf for leaf in pytree.tree_leaves(self.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
             self._compare(alone, [tensor[0] for tensor in tensors])
         return [lanes.padded(tensor) for tensor in tensors], out, out_tree
+
+    def _count(self, values: Values) -> int:
+        """Rows of one lane: those of the state, which is the first argument and may have no lanes in the first round."""
+        hidden = [value.shape[1] for value, has in values if has and value.ndim >= 3]
+        plain = [value.shape[0] for value, has in values if not has and value.ndim >= 2]
+        return next(iter(hidden + plain), 1)
 
     def _spread(self, value: Tensor, hidden: bool, rows: int, live: int) -> Tensor:
         """An argument for `rows × live` rows."""

@@ -80,16 +80,34 @@ def check_loop(pipeline: type) -> list[Guard]:
     return guards
 
 
-def _loops(pipeline: type) -> Iterator[tuple[ast.For, str]]:
-    """Loops that step a scheduler, in any of a class's methods, with the name of their step number if they count."""
+def loops_once(pipeline: type) -> bool:
+    """Whether the one method that steps the scheduler is seen to go over its timesteps in one loop and nowhere else."""
+    stepping = [
+        node
+        for node in _methods(pipeline)
+        if any(isinstance(one, ast.For) and "scheduler.step(" in ast.unparse(one) for one in ast.walk(node))
+    ]
+    if len(stepping) != 1:
+        return False
+    over = [one.iter for one in ast.walk(stepping[0]) if isinstance(one, ast.For | ast.comprehension)]
+    return sum("timesteps" in ast.unparse(one) for one in over) == 1
+
+
+def _methods(pipeline: type) -> Iterator[ast.AST]:
+    """The sources of a class's methods that step a scheduler."""
     for _, method in inspect.getmembers(pipeline, inspect.isfunction):
         try:
             source = inspect.getsource(inspect.unwrap(method))
         except (OSError, TypeError):
             continue  # no source to read
-        if "scheduler.step(" not in source:
-            continue
-        for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        if "scheduler.step(" in source:
+            yield ast.parse(textwrap.dedent(source))
+
+
+def _loops(pipeline: type) -> Iterator[tuple[ast.For, str]]:
+    """Loops that step a scheduler, in any of a class's methods, with the name of their step number if they count."""
+    for method in _methods(pipeline):
+        for node in ast.walk(method):
             if not isinstance(node, ast.For) or "scheduler.step(" not in ast.unparse(node):
                 continue
             counted = isinstance(node.iter, ast.Call) and ast.unparse(node.iter.func) == "enumerate"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from piadm.certificate import EXACT
 from piadm.denoiser import require_moments
 from piadm.diffusers.lanes import Lanes, Network
-from piadm.diffusers.loop import check_loop
+from piadm.diffusers.loop import check_loop, loops_once
 from piadm.diffusers.probe import Probe, UnsupportedError, check_scheduler, probe
 from piadm.diffusers.progress import Bar
 from piadm.diffusers.run import Run, Settings
@@ -83,7 +83,7 @@ class Parallelized:
         if getattr(pipe, "scheduler", None) is None:
             raise UnsupportedError(f"`pipe` is a {name}, which has no `scheduler`: there are no steps to run in parallel")
         check_scheduler(pipe.scheduler)
-        self._guards = check_loop(type(pipe))
+        self._guards, self._once = check_loop(type(pipe)), loops_once(type(pipe))
         self.pipe, self.settings, self.last_result = pipe, settings, None
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
@@ -122,7 +122,11 @@ class Parallelized:
                 )
         if self.settings.window == 1:
             return self._sequentially(call, bound)
-        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, bound.arguments.get("generator"))
+        named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        takes = inspect.signature(pipe.scheduler.step).parameters
+        expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
+        generator = named.get("generator")
+        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, generator, self._once, expected)
         width = self._width(bound)
         held: list[Any] = []
 

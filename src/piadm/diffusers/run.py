@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -37,15 +38,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Opening:
-    """The first step alone, as the pipeline itself takes it; then the next `size` steps."""
+    """The next `size` steps, but `first` in the first round."""
 
     size: int
+    first: int
 
     def check(self, table: Table) -> None:
         """Fits every table."""
 
     def advance(self, table: Table, rounds: int, ready: Tensor) -> tuple[Tensor, Tensor]:
-        return ready, (ready + (self.size if rounds else 1)).clamp(max=len(table))
+        return ready, (ready + (self.size if rounds else self.first)).clamp(max=len(table))
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,15 @@ class Together(Opening):
 class Run:
     """What happens between the first iteration of a pipeline's loop and its end.
 
-    The first iteration is an ordinary one, on which the run learns the starting state, the batch and the options of `step`.
-    Every later one is a round of the solver on a window of steps.
+    Every iteration is a round of the solver on a window of steps. In the first one the pipeline holds the starting state and
+    nothing else. Where the scheduler draws no noise, this one state serves all steps of the first window, stretched to their
+    levels if the pipeline asks its scheduler to scale it: were the data Gaussian, that would be their state. Where it draws
+    noise, or a pipeline reads its timesteps more than once, the first iteration is an ordinary one of a single step.
 
     Arguments:
         settings: Window, tolerance and the data's moments.
+        once: Whether the pipeline is known to loop over its timesteps once, so that the first iteration can have lanes.
+        expected: Options that `step` will be given, as far as the call's arguments tell.
         scheduler: The user's; it is not changed.
         tables: Tables probed in earlier calls.
         checked: Names of networks whose lanes were compared with a single evaluation in earlier calls.
@@ -71,8 +77,16 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, scheduler: Any, tables: dict[Any, Probe], checked: set[Any], generator: GeneratorLike
+        self,
+        settings: Settings,
+        scheduler: Any,
+        tables: dict[Any, Probe],
+        checked: set[Any],
+        generator: GeneratorLike,
+        once: bool,
+        expected: dict[str, Any],
     ) -> None:
+        self.once, self.expected = once, expected
         self.settings, self.base, self.tables, self.checked = settings, type(scheduler), tables, checked
         self.generators = [one for one in read_generators(generator) if one is not None]
         self.lanes: Lanes | None = None
@@ -80,6 +94,8 @@ class Run:
         self.interrupted: Callable[[], bool] = lambda: False
         self.finished: Callable[[int, int], None] = lambda steps, total: None
         self.state: State | None = None
+        self.first = 1  # steps of the first round
+        self.stretched = False
         self.result: Result | None = None
         self.started = time.perf_counter()
         self.network_seconds = 0.0
@@ -95,10 +111,14 @@ class Run:
                 "the pipeline loops over its timesteps a second time: give the call that holds the loop to piadm by itself"
             )
         self.times, self.plain = times, out_of_lanes(self.scheduler, self.base)
-        for t in times:  # a pipeline that only reads its timesteps never steps
-            yield t
-            if self.state is not None:
-                break
+        self.first = self._first_round()
+        if self.first > 1:
+            yield self._lanes.hide(self._lane_times())
+        else:
+            for t in times:  # a pipeline that only reads its timesteps never steps
+                yield t
+                if self.state is not None:
+                    break
         while self.state is not None and not self.state.done and not self.interrupted():
             before = self.state.rounds
             yield self._lanes.hide(self._lane_times())
@@ -108,7 +128,11 @@ class Run:
     def scale(self, sample: Tensor, plain: Callable[[], Tensor]) -> Tensor:
         if not self.looping:
             return plain()
-        return sample * self._lanes.hide(self._of_lanes(self.probe.scaling).to(sample.device, sample.dtype))
+        factor = self._of_lanes(self.probe.scaling)
+        if self.state is None:
+            self.stretched = True
+            factor = factor * self._stretch()
+        return sample * self._lanes.hide(factor.to(sample.device, sample.dtype))
 
     def noised(self, original: Tensor, noise: Tensor, plain: Callable[[], Tensor]) -> Tensor:
         if self.state is None:
@@ -130,13 +154,16 @@ class Run:
                 "window, not on the step (networks left in training mode do that, too: call .eval())"
             )
         if self.state is None:
-            self._open(output, sample, options)
+
+            def begin(values: Values) -> list[Tensor]:
+                # the sample has lanes if it is what the scheduler scaled, as in DiT's pipeline; the first is the start
+                first, start = (value[0] if has else value for value, has in values)
+                self._open(first, start, options)
+                return [torch.zeros(self._lanes.width)]
+
+            self._lanes.beneath(begin, output, sample)
             assert self.state is not None
-            shape = (1, *sample.shape)
-            prediction = self._update(output.reshape(shape), sample.reshape(shape), 1)
-            prediction = prediction if self.state.done else self._lanes.hide(prediction)
-        else:
-            (prediction,) = self._lanes.beneath(self._round, output, sample)
+        (prediction,) = self._lanes.beneath(self._round, output, sample)
         self._report()
         self.note_random()
         if self.state.done:
@@ -188,7 +215,9 @@ class Run:
     @property
     def looping(self) -> bool:
         """Whether there may be lanes now."""
-        return self.state is not None and not self.state.done and self.lanes is not None
+        if self.lanes is None:
+            return False
+        return self.first > 1 if self.state is None else not self.state.done
 
     def call(self, network: Network, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls a module of the pipeline."""
@@ -197,10 +226,9 @@ class Run:
             return network.forward(*args, **kwargs)
         if not self.looping:
             return lanes.plainly(lambda: network.forward(*args, **kwargs))
-        assert self.state is not None
         started = time.perf_counter()
         key = (network.name, len(args), *sorted(kwargs))
-        out, hidden = network(lanes, len(self.state.x) - 1, key not in self.checked, args, kwargs)
+        out, hidden = network(lanes, self._live, key not in self.checked, args, kwargs)
         if hidden:
             self.checked.add(key)
         self.network_seconds += time.perf_counter() - started
@@ -215,26 +243,56 @@ class Run:
                 f"{tuple(sample.shape)}: a learned variance makes the noise depend on the network, and such steps are no "
                 "table; use DDIMScheduler"
             )
-        computing = {name: value for name, value in options.items() if name != "generator" and value is not None}
-        key = self._key(computing)
-        if key not in self.tables:
-            self.tables[key] = probe(self.plain, self.times, computing)
-        self.probe = self.tables[key]
+        self.probe = self._table(options)
         self.shape, self.dtype, self.device = tuple(sample.shape), sample.dtype, sample.device
         dtype = torch.promote_types(sample.dtype, torch.float32)
         noise = SchedulerNoise(self.plain, self.probe, output, sample, options, dtype)
         self.options = options
         self.solver = self._solver(noise, len(sample))
         self.rows = self.probe.table.cast(sample.device, dtype)
-        self.state = self.solver.init(sample.to(dtype).reshape(len(sample), -1))
-        self._returned = sample[None]
+        x = sample.to(dtype).reshape(len(sample), -1)
+        self.state = self.solver.init(x)
+        if self.first > 1:
+            stretch = self._stretch() if self.stretched else torch.ones(self.first)
+            whole = self.state.x.clone()
+            whole[:-1, 0] = stretch.to(x)[:, None, None] * x
+            self.state = replace(self.state, x=whole)
+        self._returned = sample.expand(self.first, *sample.shape)
         self._pinned: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _table(self, options: Mapping[str, Any]) -> Probe:
+        """The scheduler's table for options of `step`; those that are its defaults make no difference."""
+        defaults = {one.name: one.default for one in inspect.signature(self.base.step).parameters.values()}
+        computing = {
+            name: value
+            for name, value in options.items()
+            if name != "generator" and value != defaults.get(name) and value is not None
+        }
+        key = self._key(computing)
+        if key not in self.tables:
+            self.tables[key] = probe(self.plain, self.times, computing)
+        return self.tables[key]
+
+    def _first_round(self) -> int:
+        """Steps of the first round."""
+        if not self.once or self.settings.threshold is not None:
+            return 1
+        self.probe = self._table({name: value for name, value in self.expected.items() if value is not None})
+        return 1 if self.probe.table.stochastic else min(self._lanes.width, len(self.probe.table))
+
+    def _stretch(self) -> Tensor:
+        r"""$\sqrt{α_m^2 v + σ_m^2}$ of the first window's steps, in units of the first one's."""
+        v = float(torch.as_tensor(self.settings.variance).double().mean())
+        table = self.probe.table
+        spread = (table.alpha**2 * v + table.sigma**2)[: self.first].sqrt()
+        return spread / spread[0]
 
     def _solver(self, noise: SchedulerNoise, samples: int) -> Solver:
         mean, variance, tolerance = self.settings.mean, self.settings.variance, self.settings.tolerance
         table, size = self.probe.table, self._lanes.width
         if self.settings.threshold is None:
-            return Solver(table, noise, Secant(variance), Together(size), Jump(mean, variance), tolerance, variance)
+            window = Together(size, self.first)
+            return Solver(table, noise, Secant(variance), window, Jump(mean, variance), tolerance, variance)
         if samples > 1:
             raise UnsupportedError(
                 f"`exact` is True for a batch of {samples}: samples of an exact run finish steps one by one, but a pipeline "
@@ -245,7 +303,7 @@ class Run:
                 f"`exact` is True but {self.base.__name__} draws no noise with these settings, so there is no law to be exact "
                 "in: use DDPMScheduler, EulerAncestralDiscreteScheduler or DDIMScheduler with eta=1, or leave `exact` out"
             )
-        policies = Secant(variance), Opening(size), Jump(mean, variance), tolerance, variance
+        policies = Secant(variance), Opening(size, self.first), Jump(mean, variance), tolerance, variance
         return SpeculativeSolver(table, noise, *policies, threshold=self.settings.threshold)
 
     def _key(self, computing: Mapping[str, Any]) -> Any:
@@ -267,7 +325,7 @@ class Run:
         state, dtype = self.state, self.solver.noise.dtype
         flat = (live, self.shape[0], -1)
         x, g = state.x[:-1, 0], output.to(dtype).reshape(flat)
-        changed = sample != self._returned
+        changed = sample != self._returned if state.rounds else torch.zeros_like(sample, dtype=torch.bool)
         if bool(changed.any()):
             changed = changed.reshape(flat)
             if self.settings.threshold is not None:
@@ -375,6 +433,9 @@ class Run:
 
     def _of_lanes(self, values: Tensor) -> Tensor:
         """Entries of the window's steps, one for each live lane."""
-        assert self.state is not None
-        first = int(self.state.start[0])
-        return values[first : first + len(self.state.x) - 1]
+        first = 0 if self.state is None else int(self.state.start[0])
+        return values[first : first + self._live]
+
+    @property
+    def _live(self) -> int:
+        return self.first if self.state is None else len(self.state.x) - 1

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from piadm.errors import require
-from piadm.schedules import Schedule
+from piadm.schedules import Continuous, Schedule, VarianceExploding
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 
@@ -92,6 +92,59 @@ class Denoiser:
         require_moments(mean, variance)
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.mean, self.variance, self.event_shape = mean, variance, event_shape
+
+    @classmethod
+    def from_azula(
+        cls,
+        denoiser: nn.Module,
+        *,
+        mean: float | Tensor = 0.0,
+        variance: float | Tensor = 1.0,
+        event_shape: tuple[int, ...] | None = None,
+    ) -> Denoiser:
+        r"""A denoiser of azula: it returns a posterior with a `mean` and has a `schedule`, $t \mapsto (α_t, σ_t)$ on $[0, 1]$.
+
+        `DDPM(steps)` and `DDIM(steps)` then take azula's `DDPMSampler` and `DDIMSampler` steps. Arguments besides the denoiser
+        are those of the class. Raises `TypeError` for anything else, `ValueError` for a schedule that does not fall.
+        """
+        levels: Any = getattr(denoiser, "schedule", None)
+        if not (callable(denoiser) and callable(levels)):
+            raise TypeError(f"`denoiser` is a {type(denoiser).__name__}: give an azula.denoise.Denoiser, with its `schedule`")
+        network, schedule = _PosteriorMean(denoiser), Continuous(levels)
+        return cls(network, schedule, "sample", mean=mean, variance=variance, event_shape=event_shape)
+
+    @classmethod
+    def from_k_diffusion(
+        cls,
+        model: nn.Module | Callable[..., Any],
+        *,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        rho: float = 7.0,
+        mean: float | Tensor = 0.0,
+        variance: float | Tensor = 1.0,
+        event_shape: tuple[int, ...] | None = None,
+    ) -> Denoiser:
+        r"""A model as k-diffusion's samplers call it: `model(x, sigma, **condition)` is the denoised `x`, $x = x_0 + σ ε$.
+
+        `Euler(steps)` then takes the steps of `sample_euler` on `get_sigmas_karras(steps, sigma_min, sigma_max, rho)`.
+
+        Arguments:
+            model: The model.
+            sigma_min, sigma_max: Ends of the noise levels; by default the model's own attributes of these names.
+            rho: $ρ$ of Karras et al. (arXiv 2206.00364), eq. 5.
+            mean, variance, event_shape: As for the class.
+
+        Raises:
+            ValueError: if the ends are neither given nor known to the model, or do not fit.
+        """
+        ends = {"sigma_min": sigma_min, "sigma_max": sigma_max}
+        for name, given in ends.items():
+            known = getattr(model, name, None) if given is None else given
+            require(known is not None, name, given, f"the model does not say; give from_k_diffusion(model, {name}=…)")
+            ends[name] = float(known) if known is not None else None
+        schedule = VarianceExploding(ends["sigma_min"] or 0.0, ends["sigma_max"] or 0.0, rho)
+        return cls(model, schedule, "sample", mean=mean, variance=variance, event_shape=event_shape)
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.network).__name__}, {self.schedule!r}, {self.prediction!r})"
@@ -225,6 +278,18 @@ class Guided(Wrapper):
             both[name] = torch.cat([absent.to(value.device, value.dtype).expand_as(value), value])
         without, within = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
         return without + self.guidance_scale * (within - without)
+
+
+class _PosteriorMean(nn.Module):
+    """What an azula denoiser says of the data, as a network."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        mean: Tensor = self.denoiser(x, t, **condition).mean
+        return mean
 
 
 def require_moments(mean: float | Tensor, variance: float | Tensor) -> None:

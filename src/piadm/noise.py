@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,19 @@ def read_generators(generator: GeneratorLike) -> list[torch.Generator | None]:
     if not all(isinstance(one, torch.Generator | None) for one in listed):
         raise TypeError(f"`generator` is {generator!r}: give torch.Generator().manual_seed(0), or a list of one per sample")
     return list(listed)
+
+
+class NoiseSource(Protocol):
+    """What solvers need of the driving noise."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, first: int, last: int) -> Tensor:
+        """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`."""
+
+    def uniform(self, first: int, last: int) -> Tensor:
+        """$u_m$, uniform on [0, 1), likewise, shape `(last - first, S)`; for solvers that test."""
 
 
 class Noise:

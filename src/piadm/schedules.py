@@ -6,6 +6,7 @@ r"""Noise schedules: how much of the data is left, $x_t = α_t x_0 + σ_t ε$ wi
 | `DiscreteBetas` | $\sqrt{\prod_{i \le t} (1 - β_i)}$ | $\sqrt{1 - α_t^2}$ | the index $t = 0 … n-1$ |
 | `VarianceExploding` | 1 | $t$ | $t = σ$ |
 | `RectifiedFlow` | $1 - t/n$ | $t/n$ | $t$ |
+| `Continuous` | a function of yours | a function of yours | $t \in [0, 1]$ |
 
 All arithmetic is in float64. A time is always the network's own, so a schedule is also the answer to "which noise level does
 my network mean by 250". `time(λ)` inverts the log signal-to-noise ratio $λ = \log(α/σ)$, which lets a scheme written for one
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -88,6 +89,64 @@ class OrnsteinUhlenbeck(Schedule):
 
     def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return -self.alpha(t) / 2, torch.exp(-t.double()) / (2 * self.sigma(t))
+
+
+@dataclass(frozen=True)
+class Continuous(Schedule):
+    r"""Any schedule on the times $[0, 1]$, noise at 1, given as a function $t \mapsto (α_t, σ_t)$: azula's schedules are such.
+
+    Arguments:
+        levels: Called with a float64 tensor, returns two of its shape; $α/σ$ must fall as $t$ rises, and both be positive
+            but for $σ_0$ and $α_1$.
+    """
+
+    levels: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def __post_init__(self) -> None:
+        t = torch.linspace(0, 1, 101, dtype=torch.float64)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        ratio = alpha / sigma  # infinite at clean data
+        ok = alpha.shape == t.shape == sigma.shape and bool((alpha >= 0).all() and (sigma >= 0).all())
+        require(
+            ok and bool((ratio[1:] < ratio[:-1]).all()),
+            "levels",
+            self.levels,
+            "give a function of times in [0, 1] that returns (α, σ) of their shape, α/σ falling as time rises",
+        )
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.levels(t.double())[0].double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.levels(t.double())[1].double()
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        wanted = log_snr.double()
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+        for _ in range(60):
+            middle = (low + high) / 2
+            noisier = (self.alpha(middle) / self.sigma(middle)).log() < wanted
+            low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
+        outside = ((self.alpha(low) / self.sigma(low)).log() - wanted).abs() > 1e-6 * (1 + wanted.abs())
+        if bool(outside.any()):
+            raise ValueError(f"log(α/σ) {wanted[outside].flatten()[0].item():.3f} is outside this schedule's range")
+        return low
+
+    def grid(self, steps: int, spacing: str = "leading") -> Tensor:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            time = t.detach().double().requires_grad_()
+            rates = [
+                torch.autograd.grad(level.sum(), time, allow_unused=True)[0] for level in (self.alpha(time), self.sigma(time))
+            ]
+        zero = torch.zeros_like(time)
+        alpha, sigma = (zero if rate is None else rate.detach() for rate in rates)
+        return alpha, sigma
+
+    def start_scale(self, t: Tensor) -> float:
+        return float((self.alpha(t) ** 2 + self.sigma(t) ** 2).sqrt())
 
 
 class DiscreteBetas(Schedule):

@@ -28,7 +28,7 @@ from torch import Tensor
 from piadm.certificate import information
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
-from piadm.noise import Noise, Subset
+from piadm.noise import NoiseSource
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
 from piadm.stopping import CAUTION, SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
@@ -142,7 +142,7 @@ class Solver:
     """
 
     table: Table
-    noise: Noise | Subset
+    noise: NoiseSource
     propagator: Propagator
     window: Window
     fill: Fill

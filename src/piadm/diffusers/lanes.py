@@ -1,0 +1,199 @@
+r"""Lanes: the steps of a window as a hidden dimension of every tensor in a pipeline's loop.
+
+A pipeline is called once, inside `torch.vmap`, and its code never learns of it. What does not depend on the step (text
+encoders, embeddings, masks, random numbers, decoding) is computed once, in the shapes of a sequential call. The timestep that
+the loop is given, and the states that `scheduler.step` returns, carry one value for every step of the window; guidance,
+scaling, packing and concatenation act on each lane by themselves.
+
+Where the network is called the hidden dimension becomes rows of the batch: lane $w$ of row $r$ is row $r W + w$, so that the
+halves of a guided batch stay halves. Outside of it the same operator runs whatever else must see all lanes: the solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from piadm.diffusers.probe import UnsupportedError
+
+Values = list[tuple[Tensor, bool]]
+"""Tensors with their lanes first, and whether they have any."""
+
+
+class _Beneath(torch.autograd.Function):
+    """Calls a function beneath `vmap`, with plain tensors whose lanes come first; what it returns has lanes first, too."""
+
+    @staticmethod
+    def forward(lane: Tensor, act: Callable[[Values], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("lanes exist inside torch.vmap only")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is differentiated."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], lane: Tensor, act: Callable[[Values], list[Tensor]], *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        values = [
+            (tensor, False) if dim is None else (tensor.movedim(dim, 0), True)
+            for tensor, dim in zip(tensors, in_dims[2:], strict=True)
+        ]
+        out = tuple(act(values))
+        return out, (0,) * len(out)
+
+
+class Lanes:
+    """The lanes of one call of a pipeline.
+
+    Arguments:
+        lane: A tensor of `width` lanes, as `vmap` hands it to the function it calls.
+        width: How many there are.
+    """
+
+    def __init__(self, lane: Tensor, width: int) -> None:
+        self.lane, self.width = lane, width
+
+    def beneath(self, act: Callable[[Values], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Runs `act` on the tensors with their lanes first; its results, likewise of `width` lanes, hide them again."""
+        out: tuple[Tensor, ...] = _Beneath.apply(self.lane, act, *tensors)  # type: ignore[no-untyped-call]
+        return out
+
+    def hide(self, values: Tensor) -> Tensor:
+        """A tensor whose first dimension holds the lanes, at most `width`; idle lanes repeat the last."""
+        return self.beneath(lambda _: [self.padded(values)])[0]
+
+    def padded(self, values: Tensor) -> Tensor:
+        missing = self.width - len(values)
+        return values if missing == 0 else torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
+
+    def plainly(self, act: Callable[[], Any]) -> Any:
+        """Runs a function that sees no lanes beneath `vmap`, as if there were none."""
+        held: list[Any] = []
+
+        def run(_: Values) -> list[Tensor]:
+            held.append(act())
+            return [torch.zeros(self.width)]
+
+        self.beneath(run)
+        return held[0]
+
+
+class Network:
+    """A module of the pipeline: lanes become rows of its batch.
+
+    Arguments:
+        forward: The module's own forward.
+        name: Its name in the pipeline, for errors.
+    """
+
+    def __init__(self, forward: Callable[..., Any], name: str) -> None:
+        self.forward, self.name = forward, name
+
+    def __call__(self, lanes: Lanes, live: int, check: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """Output as the pipeline expects it, and whether the arguments had lanes.
+
+        Arguments:
+            lanes: The lanes.
+            live: How many of them are evaluated; idle ones get copies of the last.
+            check: Whether the first lane is evaluated by itself, too, and compared.
+            args: The call's.
+            kwargs: The call's.
+
+        Raises:
+            UnsupportedError: if rows cannot be told from other dimensions, or influence each other.
+        """
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        held: list[Any] = []
+
+        def run(values: Values) -> list[Tensor]:
+            hidden = any(has for _, has in values)
+            out = self._rows(lanes, live, check, leaves, places, tree, values) if hidden else None
+            if out is None:
+                plain_args, plain_kwargs = args, kwargs
+                held.append((self.forward(*plain_args, **plain_kwargs), False))
+                return [torch.zeros(lanes.width)]
+            tensors, others, out_tree = out
+            held.append((others, out_tree))
+            return tensors
+
+        hidden = lanes.beneath(run, *(leaves[place] for place in places))
+        first, second = held[0]
+        if second is False:
+            return first, False
+        tensors = iter(hidden)
+        restored = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in first]
+        return pytree.tree_unflatten(restored, second), True
+
+    def _rows(
+        self,
+        lanes: Lanes,
+        live: int,
+        check: bool,
+        leaves: list[Any],
+        places: Sequence[int],
+        tree: Any,
+        values: Values,
+    ) -> tuple[list[Tensor], list[Any], Any]:
+        """The network on `rows × live` rows: its tensors with lanes first, its output's leaves and their structure."""
+        rows = self._count(values)
+        flat = list(leaves)
+        for place, (value, has) in zip(places, values, strict=True):
+            flat[place] = self._spread(value, has, rows, live)
+        args, kwargs = pytree.tree_unflatten(flat, tree)
+        out, out_tree = pytree.tree_flatten(self.forward(*args, **kwargs))
+        for leaf in out:
+            if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != rows * live):
+                raise UnsupportedError(
+                    f"`{self.name}` returned a tensor of shape {tuple(leaf.shape)} for {rows * live} rows: its output does not "
+                    "run along the batch, so the steps of a window cannot be evaluated in one batch"
+                )
+        tensors = [leaf.reshape(rows, live, *leaf.shape[1:]).transpose(0, 1) for leaf in out if isinstance(leaf, Tensor)]
+        if check:
+            single = list(leaves)
+            for place, (value, has) in zip(places, values, strict=True):
+                single[place] = value[0] if has else value
+            args, kwargs = pytree.tree_unflatten(single, tree)
+            alone = [leaf for leaf in pytree.tree_leaves(self.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            self._compare(alone, [tensor[0] for tensor in tensors])
+        return [lanes.padded(tensor) for tensor in tensors], out, out_tree
+
+    def _count(self, values: Values) -> int:
+        """Rows of one lane: those of the state, which is the first argument and may have no lanes in the first round."""
+        hidden = [value.shape[1] for value, has in values if has and value.ndim >= 3]
+        plain = [value.shape[0] for value, has in values if not has and value.ndim >= 2]
+        return next(iter(hidden + plain), 1)
+
+    def _spread(self, value: Tensor, hidden: bool, rows: int, live: int) -> Tensor:
+        """An argument for `rows × live` rows."""
+        if not hidden:
+            along = value.ndim >= 1 and value.shape[0] == rows
+            return value.repeat_interleave(live, 0) if along else value
+        value = value[:live]
+        if value.ndim == 1:  # a timestep without a batch dimension
+            return value.repeat(rows)
+        if value.shape[1] not in (1, rows):
+            raise UnsupportedError(
+                f"`{self.name}` is given a tensor of shape {tuple(value.shape[1:])} that differs from step to step, but its "
+                f"batch has {rows} rows: the steps of a window cannot be evaluated in one batch"
+            )
+        return value.expand(-1, rows, *value.shape[2:]).transpose(0, 1).flatten(0, 1)
+
+    def _compare(self, alone: list[Tensor], together: list[Tensor]) -> None:
+        """A lane's rows must not depend on the other lanes."""
+        for one, same in zip(alone, together, strict=True):
+            if not one.is_floating_point():
+                continue
+            loose = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.1
+            size, gap = float(one.abs().max()), float((one - same).abs().max())
+            if gap > loose * size:
+                raise UnsupportedError(
+                    f"`{self.name}` gives a step another answer in a batch with other steps than alone (they differ by "
+                    f"{gap:.2g}, the answer's largest entry is {size:.2g}): its rows influence each other or it draws random "
+                    "numbers (dropout, batch normalisation: call .eval()), so the steps of a window cannot share a batch"
+                )

@@ -1,0 +1,135 @@
+"""What a pipeline's loop does with its step number.
+
+Lanes run the body of a pipeline's loop once a round for all steps of the window, so nothing in it may depend on the number of
+the step other than through the timestep. The number is an integer of Python's, which no tensor can stand in for; so the
+source is read. Counting for progress bars and callbacks is harmless, other uses are not.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from piadm.diffusers.probe import UnsupportedError
+
+HARMLESS = (
+    r"\bi (==|<) len\((self\.)?(scheduler\.)?\w*timesteps\w*\) - 1",  # is this the last step: see the noise below
+    r"\(?i \+ 1\)? > num_warmup_steps",
+    r"\(i \+ 1\) % (self\.)?scheduler\.order == 0",
+    r"\bi % callback_steps == 0",
+    r"step_idx = i // getattr\((self\.)?scheduler, 'order', 1\)",
+    r"callback(_on_step_end)?\((self, )?i, .*\)",
+    r"noise_timestep = timesteps\[i \+ 1\]",  # goes to add_noise or scale_noise, which use the lanes' own levels
+    r"timesteps\[i - 1\] if i > 0 else None",  # for CogVideoXDPMScheduler, which is refused
+    r"cache_context_kwargs = \{.*\}",  # for caches of the transformer, which are refused while enabled
+)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A use of the step number that is harmless while an option of the pipeline's call has one of these values."""
+
+    pattern: str
+    argument: str
+    harmless: tuple[Any, ...]
+
+    def check(self, arguments: Mapping[str, Any], name: str) -> None:
+        """Raises `UnsupportedError` if the option was given another value."""
+        given = arguments.get(self.argument, self.harmless[0])
+        for value in given if isinstance(given, list | tuple) and given else [given]:
+            if not any(value is one or value == one for one in self.harmless):
+                raise UnsupportedError(
+                    f"`{self.argument}` is {given!r}: {name} then switches something at a certain number of the step, which "
+                    f"the steps of a window do not share; leave it at {self.harmless[0]!r}"
+                )
+
+
+GUARDS = (
+    Guard(r"controlnet_keep\[i\]", "control_guidance_start", (0.0,)),
+    Guard(r"controlnet_keep\[i\]", "control_guidance_end", (1.0,)),
+    Guard(r"should_skip_layers = .*", "skip_guidance_layers", (None,)),
+    Guard(r"do_classifier_free_truncation = .*", "cfg_trunc_ratio", (1.0,)),
+    Guard(r"i < int\(num_inference_steps \* adapter_conditioning_factor\)", "adapter_conditioning_factor", (1.0,)),
+)
+
+
+def check_loop(pipeline: type) -> list[Guard]:
+    """Reads a pipeline's class; returns the options that the arguments of its calls must leave alone.
+
+    Raises:
+        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow.
+    """
+    guards: list[Guard] = []
+    for loop, number in _loops(pipeline):
+        for text in _uses(loop, number):
+            found = [guard for guard in GUARDS if re.search(guard.pattern, text)]
+            guards += found
+            rest = text
+            for pattern in (*HARMLESS, *(guard.pattern for guard in found)):
+                rest = re.sub(pattern, "", rest)
+            if re.search(r"\bi\b", rest):
+                raise UnsupportedError(
+                    f"`pipe` is a {pipeline.__name__}, whose loop uses the number of the step, `{_short(text)}`: the steps of "
+                    "a window are run together, so only the timestep may tell them apart"
+                )
+    return guards
+
+
+def loops_once(pipeline: type) -> bool:
+    """Whether the one method that steps the scheduler is seen to go over its timesteps in one loop and nowhere else."""
+    stepping = [
+        node
+        for node in _methods(pipeline)
+        if any(isinstance(one, ast.For) and "scheduler.step(" in ast.unparse(one) for one in ast.walk(node))
+    ]
+    if len(stepping) != 1:
+        return False
+    over = [one.iter for one in ast.walk(stepping[0]) if isinstance(one, ast.For | ast.comprehension)]
+    return sum("timesteps" in ast.unparse(one) for one in over) == 1
+
+
+def _methods(pipeline: type) -> Iterator[ast.AST]:
+    """The sources of a class's methods that step a scheduler."""
+    for _, method in inspect.getmembers(pipeline, inspect.isfunction):
+        try:
+            source = inspect.getsource(inspect.unwrap(method))
+        except (OSError, TypeError):
+            continue  # no source to read
+        if "scheduler.step(" in source:
+            yield ast.parse(textwrap.dedent(source))
+
+
+def _loops(pipeline: type) -> Iterator[tuple[ast.For, str]]:
+    """Loops that step a scheduler, in any of a class's methods, with the name of their step number if they count."""
+    for method in _methods(pipeline):
+        for node in ast.walk(method):
+            if not isinstance(node, ast.For) or "scheduler.step(" not in ast.unparse(node):
+                continue
+            counted = isinstance(node.iter, ast.Call) and ast.unparse(node.iter.func) == "enumerate"
+            if counted and isinstance(node.target, ast.Tuple) and isinstance(node.target.elts[0], ast.Name):
+                yield node, node.target.elts[0].id
+
+
+def _uses(loop: ast.For, number: str) -> Iterator[str]:
+    """The smallest statements, and the heads of compound ones, that mention the step number; it is renamed `i`."""
+    for node in ast.walk(loop):
+        match node:
+            case ast.If() | ast.While():
+                part: ast.AST = node.test
+            case ast.For() if node is not loop:
+                part = node.iter
+            case ast.Assign() | ast.AugAssign() | ast.AnnAssign() | ast.Expr() | ast.Return():
+                part = node
+            case _:
+                continue
+        if any(isinstance(leaf, ast.Name) and leaf.id == number for leaf in ast.walk(part)):
+            yield re.sub(rf"\b{number}\b", "i", " ".join(ast.unparse(part).split()))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

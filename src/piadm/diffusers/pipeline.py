@@ -1,0 +1,312 @@
+"""Pipelines, whole: `parallelize` and `parallel`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piadm.certificate import EXACT
+from piadm.denoiser import require_moments
+from piadm.diffusers.lanes import Lanes, Network
+from piadm.diffusers.loop import check_loop, loops_once
+from piadm.diffusers.probe import Probe, UnsupportedError, check_scheduler, probe
+from piadm.diffusers.progress import Bar
+from piadm.diffusers.run import Run, Settings
+from piadm.diffusers.scheduler import in_lanes, recorded
+from piadm.errors import require_count, require_positive
+from piadm.result import Result
+
+
+def parallelize(
+    pipe: Any,
+    *,
+    window: int | None = 32,
+    tolerance: float = 1e-2,
+    mean: float | Tensor = 0.0,
+    variance: float | Tensor = 1.0,
+    exact: bool = False,
+) -> Parallelized:
+    r"""A diffusers pipeline that samples in parallel across time, called as the pipeline itself is.
+
+    It returns what `pipe(...)` returns, for the same arguments and generator, to `tolerance`, in fewer rounds of network calls.
+    The pipeline is not changed; during a call its scheduler is replaced and its networks are wrapped, and both are put back.
+
+    Arguments:
+        pipe: A pipeline with a `scheduler` and a loop over its timesteps.
+        window: How many steps are evaluated at once; `None` for all. A round calls the network with window × batch rows (twice
+            that with guidance), and memory grows with it. 1 is the pipeline's own sequential run, bit for bit.
+        tolerance: $τ$, the rms distance per coordinate of the final latents from the sequential ones that the stopping rule
+            (`piadm.stopping`) aims at.
+        mean: Mean of the latents (a guess costs rounds).
+        variance: Variance of the latents per coordinate, about 1 for latent diffusion, 0.3 for pixels in [-1, 1] (a bad
+            guess costs rounds and misleads the stopping rule).
+        exact: Whether samples are to have exactly the law of the sequential run, as `piadm.Exact` does it, in place of being
+            within `tolerance` of its sample: for schedulers that draw noise, one sample a call. Schedulers that remember
+            earlier outputs gain nothing from it: a step is tested only if its noise reaches all of its state.
+
+    Raises:
+        UnsupportedError: (a `ValueError`) for a pipeline or scheduler that cannot be run in parallel, with the reason, before
+            any work where it can be known.
+        ValueError, TypeError: for arguments that do not fit.
+        NonFiniteError: from a call, if the network returns NaN or infinity.
+    """
+    if window is not None:
+        require_count("window", window, "window=32")
+    require_positive("tolerance", tolerance, "tolerance=1e-2")
+    require_moments(mean, variance)
+    return Parallelized(pipe, Settings(window, tolerance, mean, variance, 2.0 if exact else None))
+
+
+class Parallelized:
+    """A pipeline in parallel; made by `parallelize`. Attributes that are not its own are the pipeline's.
+
+    Attributes:
+        pipe: The pipeline.
+        last_result: The `Result` of the last call: final latents, rounds, evaluations, residuals; `None` before.
+    """
+
+    pipe: Any
+    last_result: Result | None
+
+    def __init__(self, pipe: Any, settings: Settings) -> None:
+        name = type(pipe).__name__
+        if not callable(pipe) or not hasattr(pipe, "components"):
+            raise TypeError(f"`pipe` is a {name}: give a diffusers pipeline, for example StableDiffusionPipeline")
+        if getattr(pipe, "scheduler", None) is None:
+            raise UnsupportedError(f"`pipe` is a {name}, which has no `scheduler`: there are no steps to run in parallel")
+        check_scheduler(pipe.scheduler)
+        self._guards, self._once = check_loop(type(pipe)), loops_once(type(pipe))
+        self.pipe, self.settings, self.last_result = pipe, settings, None
+        self._tables: dict[Any, Probe] = {}
+        self._checked: set[Any] = set()
+        self._probe_early()
+
+    def __repr__(self) -> str:
+        return f"Parallelized({type(self.pipe).__name__}, window={self.settings.window}, tolerance={self.settings.tolerance:g})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("pipe", "settings"):
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the pipeline with these arguments and returns what it returns."""
+        return self._call(type(self.pipe).__call__, args, kwargs)
+
+    def _probe_early(self) -> None:
+        """Reads and runs the scheduler's table for a few steps, so that one without a table is refused at once."""
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        dynamic = scheduler.config.get("use_dynamic_shifting", False)
+        scheduler.set_timesteps(4, **({"mu": 0.5} if dynamic else {}))
+        probe(scheduler, scheduler.timesteps)
+
+    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pipe, name = self.pipe, type(self.pipe).__name__
+        bound = inspect.signature(call).bind(pipe, *args, **kwargs)
+        for guard in self._guards:
+            guard.check(bound.arguments, name)
+        check_scheduler(pipe.scheduler)
+        for part, module in pipe.components.items():
+            if getattr(module, "is_cache_enabled", False):
+                raise UnsupportedError(
+                    f"`pipe.{part}` has a cache enabled, which reuses what it computed at the step before: call "
+                    f"pipe.{part}.disable_cache() first"
+                )
+        if self.settings.window == 1:
+            return self._sequentially(call, bound)
+        named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        takes = inspect.signature(pipe.scheduler.step).parameters
+        expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
+        generator = named.get("generator")
+        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, generator, self._once, expected)
+        width = self._width(bound)
+        held: list[Any] = []
+
+        def body(lane: Tensor) -> Tensor:
+            run.lanes = Lanes(lane, width)
+            held.append(call(*bound.args, **bound.kwargs))
+            return lane
+
+        with _installed(pipe, run):
+            _wrap_callbacks(pipe, run, bound)
+            try:
+                torch.vmap(body, randomness="same")(torch.arange(width))
+            except RuntimeError as error:
+                if run.looping and "vmap" in str(error):
+                    raise UnsupportedError(
+                        f"`pipe` is a {name}, whose loop decides something by the value of the timestep or the state, or "
+                        "writes it into a tensor of its own: the steps of a window are run together and have no one value "
+                        f"({str(error).split('.')[0]})"
+                    ) from error
+                raise
+        self.last_result = run.result
+        return held[0]
+
+    def _sequentially(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """A window of one step: the pipeline itself."""
+        started, seen = time.perf_counter(), [torch.zeros(1)]
+        steps = 0
+
+        def record(sample: Tensor) -> None:
+            nonlocal steps
+            steps += 1
+            seen[0] = sample
+
+        with _replaced(self.pipe, "scheduler", recorded(self.pipe.scheduler, record)):
+            out = call(*bound.args, **bound.kwargs)
+        self.last_result = Result(
+            samples=seen[0],
+            steps=steps,
+            rounds=steps,
+            evaluations=float(steps),
+            residuals=(),
+            windows=(),
+            converged=True,
+            error=torch.zeros(len(seen[0])),
+            certificate=EXACT,
+            seconds=time.perf_counter() - started,
+            network_seconds=float("nan"),
+        )
+        return out
+
+    def _width(self, bound: inspect.BoundArguments) -> int:
+        """Lanes to provide: the window, or for all steps more than any scheduler makes of `num_inference_steps`."""
+        if self.settings.window is not None:
+            return self.settings.window
+        bound = inspect.BoundArguments(bound.signature, bound.arguments.copy())
+        bound.apply_defaults()
+        lists = [bound.arguments.get(one) for one in ("timesteps", "sigmas")]
+        asked = [2 * len(one) for one in lists if one is not None]
+        number = bound.arguments.get("num_inference_steps")
+        return max([*asked, 2 * number if isinstance(number, int) else 0, 2]) + 10
+
+
+@contextmanager
+def parallel(pipe: Any, **settings: Any) -> Iterator[Parallelized]:
+    """Within the context, `pipe(...)` itself runs in parallel; afterwards the pipeline is exactly as before.
+
+    Arguments:
+        pipe: The pipeline.
+        settings: Those of `parallelize`.
+
+    Yields:
+        The `Parallelized` pipeline, whose `last_result` is that of the last call.
+    """
+    made = parallelize(pipe, **settings)
+    own = type(pipe)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return made._call(own.__call__, args, kwargs)
+
+    members = {"__call__": wraps(own.__call__)(call), "__module__": own.__module__, "__qualname__": own.__qualname__}
+    pipe.__class__ = type(own.__name__, (own,), {**members, "last_result": property(lambda self: made.last_result)})
+    try:
+        yield made
+    finally:
+        pipe.__class__ = own
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of one object, past its class's own `__setattr__`, and puts back what was there."""
+    before = vars(owner).get(name, _ABSENT)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        # a hook that took our place meanwhile, as offloading does after a call, keeps it
+        if vars(owner).get(name) is value:
+            if before is _ABSENT:
+                object.__delattr__(owner, name)
+            else:
+                object.__setattr__(owner, name, before)
+
+
+_ABSENT = object()
+
+
+@contextmanager
+def _installed(pipe: Any, run: Run) -> Iterator[None]:
+    """The run's scheduler, networks and progress bar, in the pipeline's place."""
+    run.scheduler = in_lanes(pipe.scheduler, run)
+    run.interrupted = lambda: bool(getattr(pipe, "_interrupt", False))
+    before = dict(vars(pipe))
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(pipe, "scheduler", run.scheduler))
+        for name, module in pipe.components.items():
+            if isinstance(module, nn.Module):
+                # a module compiled in place is called past its forward
+                compiled = getattr(module, "_compiled_call_impl", None)
+                entry = "forward" if compiled is None else "_compiled_call_impl"
+                stack.enter_context(_replaced(module, entry, _in_lanes(run, getattr(module, entry), name)))
+        if hasattr(pipe, "progress_bar"):
+            stack.enter_context(_replaced(pipe, "progress_bar", _progress(pipe.progress_bar, run)))
+        try:
+            yield
+        except BaseException:
+            # what the pipeline noted of its unfinished call goes too: its current timestep has lanes
+            vars(pipe).clear()
+            vars(pipe).update(before)
+            raise
+
+
+def _in_lanes(run: Run, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    network = Network(forward, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return run.call(network, args, kwargs)
+
+    return wraps(forward)(call) if hasattr(forward, "__name__") else call
+
+
+def _progress(original: Callable[..., Any], run: Run) -> Callable[..., Bar]:
+    def progress_bar(iterable: Any = None, total: int | None = None, **options: Any) -> Bar:
+        bar = original(total=len(iterable) if iterable is not None else total, **options)
+        made = Bar(bar, lambda: run.state is not None, iterable)
+        run.finished = made.finished
+        return made
+
+    return progress_bar
+
+
+def _wrap_callbacks(pipe: Any, run: Run, bound: inspect.BoundArguments) -> None:
+    """The user's callbacks see plain tensors: the last finished step and its state."""
+    given = bound.arguments
+    extra = given.get("kwargs", {})
+    for held in (given, extra if isinstance(extra, dict) else {}):
+        if held.get("callback_on_step_end") is not None:
+            held["callback_on_step_end"] = _on_step_end(held["callback_on_step_end"], run)
+        if held.get("callback") is not None:
+            held["callback"] = _legacy(held["callback"], run)
+
+
+def _on_step_end(callback: Callable[..., Any], run: Run) -> Callable[..., dict[str, Any]]:
+    def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        shown = {name: run.shown(name, value) for name, value in tensors.items()}
+        returned = callback(pipe, *run.place(), dict(shown)) or {}
+        run.note_random()
+        for name, value in returned.items():
+            if name in shown and value is not shown[name]:
+                raise UnsupportedError(
+                    f"`callback_on_step_end` returned another {name!r}: piadm runs the steps of a window together, so a "
+                    "callback may look at a step or interrupt the run, not change it"
+                )
+        return {"latents": run.partial()} if run.interrupted() else {}
+
+    return call
+
+
+def _legacy(callback: Callable[..., Any], run: Run) -> Callable[..., None]:
+    def call(step: int, timestep: Any, latents: Tensor) -> None:
+        callback(*run.place(), run.shown("latents", latents))
+        run.note_random()
+
+    return call

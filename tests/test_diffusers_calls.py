@@ -1,0 +1,499 @@
+"""What a user of a parallel pipeline sees: results, callbacks, progress, errors, and a pipeline that is left as it was."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+import piadm
+from piadm.diffusers import UnsupportedError, parallel, parallelize
+from tests import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OPTIONS = {"prompt": "a red cat", "height": 16, "width": 16, "num_inference_steps": 12, "output_type": "latent"}
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def fingerprint(pipe: Any) -> Any:
+    """Everything about a pipeline that a run could have changed."""
+    modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    return (
+        type(pipe),
+        {name: id(value) for name, value in vars(pipe).items() if name not in ("_current_timestep", "_num_timesteps")},
+        {
+            name: (sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in modules.items()
+        },
+        repr(vars(pipe.scheduler)),
+        repr(pipe.config),
+    )
+
+
+@pytest.fixture
+def pipe() -> Any:
+    made = tiny.stable_diffusion()
+    made(**OPTIONS, generator=seeded())  # leaves its own traces, such as the guidance scale
+    return made
+
+
+class Boom(Exception):
+    pass
+
+
+def test_the_pipeline_is_exactly_as_before_after_a_call_and_after_an_exception(pipe):
+    before = fingerprint(pipe)
+    made = parallelize(pipe, window=6)
+    made(**OPTIONS, generator=seeded())
+    assert fingerprint(pipe) == before
+
+    def fails(*_):
+        raise Boom
+
+    with pytest.raises(Boom):
+        made(**OPTIONS, callback_on_step_end=fails)
+    assert fingerprint(pipe) == before
+    assert not isinstance(getattr(pipe, "_current_timestep", None), torch.Tensor)
+    forward = pipe.unet.forward
+    calls = 0
+
+    def breaks(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Boom
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = breaks
+    with pytest.raises(Boom):
+        made(**OPTIONS)
+    assert pipe.unet.forward is breaks
+    del pipe.unet.forward
+    assert fingerprint(pipe) == before
+
+
+def test_within_the_context_the_pipeline_itself_is_parallel(pipe):
+    before, alone = fingerprint(pipe), pipe(**OPTIONS, generator=seeded()).images
+    with parallel(pipe, window=6, tolerance=1e-3) as made:
+        together = pipe(**OPTIONS, generator=seeded()).images
+        assert isinstance(pipe, diffusers.StableDiffusionPipeline)
+        assert inspect.signature(pipe.__call__) == inspect.signature(
+            diffusers.StableDiffusionPipeline(**pipe.components).__call__
+        )
+        assert pipe.last_result is made.last_result
+        assert made.last_result.rounds < made.last_result.steps
+    assert fingerprint(pipe) == before
+    assert 0 < rms(together - alone) < 1e-3
+    with pytest.raises(Boom), parallel(pipe):
+        raise Boom
+    assert fingerprint(pipe) == before
+
+
+def test_the_result_tells_of_the_last_call(pipe):
+    made = parallelize(pipe, window=6)
+    assert made.last_result is None
+    images = made(**OPTIONS, generator=seeded()).images
+    result = made.last_result
+    assert torch.equal(result.samples, images)
+    assert (result.steps, result.converged, len(result.windows), len(result.residuals)) == (
+        12,
+        True,
+        result.rounds,
+        result.rounds,
+    )
+    assert result.windows[0] == (0, 6)
+    assert all(stop - start <= 6 for start, stop in result.windows)
+    assert sum(stop - start for start, stop in result.windows) == result.evaluations
+    assert result.certificate.kl is None
+    assert result.certificate.rms <= 1e-2
+    assert made.vae is pipe.vae  # what is not its own is the pipeline's
+
+
+def test_ancestral_schedulers_report_a_certificate(pipe):
+    pipe.scheduler = diffusers.DDPMScheduler(**tiny.STABLE, clip_sample=False)
+    made = parallelize(pipe, window=6)
+    made(**OPTIONS, generator=seeded())
+    assert 0 < made.last_result.certificate.kl < float("inf")
+    assert not made.last_result.certificate.rigorous
+
+
+def test_generators_end_where_a_sequential_run_leaves_them(pipe):
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler(**tiny.STABLE)
+    one, other = seeded(), seeded()
+    pipe(**OPTIONS, generator=one)
+    parallelize(pipe, window=4)(**OPTIONS, generator=other)
+    assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_a_list_of_generators_and_torchs_own_are_followed(pipe):
+    pipe.scheduler = diffusers.DDPMScheduler(**tiny.STABLE, clip_sample=False)
+    options = {**OPTIONS, "prompt": ["a cat", "a dog"]}
+    alone = pipe(**options, generator=[seeded(1), seeded(2)]).images
+    together = parallelize(pipe, window=4, tolerance=1e-3)(**options, generator=[seeded(1), seeded(2)]).images
+    assert rms(together - alone) < 1e-3
+    torch.manual_seed(7)
+    alone = pipe(**options).images
+    torch.manual_seed(7)
+    together = parallelize(pipe, window=4, tolerance=1e-3)(**options).images
+    assert rms(together - alone) < 1e-3
+
+
+def test_given_latents_are_where_the_run_starts(pipe):
+    latents = torch.randn(1, 4, 8, 8, generator=seeded())
+    alone = pipe(**OPTIONS, latents=latents).images
+    together = parallelize(pipe, window=None, tolerance=1e-3)(**OPTIONS, latents=latents).images
+    assert rms(together - alone) < 1e-3
+
+
+def test_output_types_and_tuples_are_the_pipelines_own(pipe):
+    made = parallelize(pipe, window=6, tolerance=1e-4)
+    for output in ("pil", "np", "pt"):
+        options = {**OPTIONS, "output_type": output}
+        alone, together = (one(**options, generator=seeded()).images for one in (pipe, made))
+        assert type(alone) is type(together)
+        assert type(alone[0]) is type(together[0])
+    assert isinstance(made(**OPTIONS, return_dict=False), tuple)
+
+
+# Callbacks and progress
+
+
+def test_callbacks_see_finished_steps_and_states_without_lanes(pipe):
+    sequential: list[torch.Tensor] = []
+    pipe(**OPTIONS, generator=seeded(), callback_on_step_end=lambda p, i, t, k: sequential.append(k["latents"]) or k)
+    seen: list[tuple[int, float]] = []
+
+    def callback(caller, step, timestep, tensors):
+        assert caller is pipe
+        assert set(tensors) == {"latents", "prompt_embeds"}
+        assert rms(tensors["latents"] - sequential[step]) < 1e-3
+        tensors["latents"].numpy()  # an ordinary tensor
+        seen.append((step, float(timestep)))
+        return tensors
+
+    made = parallelize(pipe, window=6, tolerance=1e-3)
+    inputs = ["latents", "prompt_embeds"]
+    made(**OPTIONS, generator=seeded(), callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs)
+    assert [step for step, _ in seen] == sorted({step for step, _ in seen})
+    assert len(seen) == made.last_result.rounds
+    assert seen[0][0] == 0
+    assert seen[-1][0] == 11
+    assert [t for _, t in seen] == [float(pipe.scheduler.timesteps[step]) for step, _ in seen]
+
+
+def test_callbacks_that_change_a_run_are_refused(pipe):
+    made = parallelize(pipe, window=6)
+    with pytest.raises(UnsupportedError, match="returned another 'latents'"):
+        made(**OPTIONS, callback_on_step_end=lambda p, i, t, k: {"latents": k["latents"] + 1})
+
+
+def test_an_interrupted_run_ends_with_its_newest_prediction(pipe):
+    rounds = 0
+
+    def callback(caller, step, timestep, tensors):
+        nonlocal rounds
+        rounds += 1
+        caller._interrupt = rounds == 3
+        return tensors
+
+    images = parallelize(pipe, window=4)(**OPTIONS, generator=seeded(), callback_on_step_end=callback).images
+    assert rounds == 3
+    assert images.shape == (1, 4, 8, 8)
+    assert images.isfinite().all()
+    images.numpy()
+
+
+def test_the_pipelines_own_bar_counts_finished_steps(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False, mininterval=0)
+    parallelize(pipe, window=6)(**OPTIONS, generator=seeded())
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    counts = [int(count) for count in re.findall(r"(\d+)/12", shown)]
+    assert max(counts) == counts[-1] == 12
+    assert counts == sorted(counts)
+    assert not re.search(r"\d+it \[", shown)  # how tqdm shows a count beyond its total
+    unconditional = diffusers.DDPMPipeline(tiny.unet2d(), diffusers.DDPMScheduler())
+    parallelize(unconditional, window=6)(num_inference_steps=9, output_type="np")
+    assert "9/9" in capsys.readouterr().err
+
+
+# What keeps working
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_pipelines_agree_to_their_precision(dtype):
+    pipe = tiny.stable_diffusion().to(dtype)
+    alone = pipe(**OPTIONS, generator=seeded()).images
+    made = parallelize(pipe, window=6)
+    together = made(**OPTIONS, generator=seeded()).images
+    assert together.dtype == dtype
+    # a sequential run rounds its state at each of the 12 steps, the parallel one keeps it in float32
+    assert rms(together - alone) < 12 * torch.finfo(dtype).eps * rms(alone)
+    assert made.last_result.rounds < 12
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_networks_work(in_place):
+    pipe = tiny.quiet(diffusers.DDIMPipeline(tiny.Linear(), diffusers.DDIMScheduler(clip_sample=False)))
+    options = {"num_inference_steps": 12, "output_type": "np"}
+    alone = torch.as_tensor(pipe(**options, generator=seeded()).images)
+    if in_place:
+        pipe.unet.compile(backend="eager", dynamic=True)
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend="eager", dynamic=True)
+    made = parallelize(pipe, window=6, tolerance=1e-4)
+    together = torch.as_tensor(made(**options, generator=seeded()).images)
+    assert rms(together - alone) < 1e-4
+    assert made.last_result.rounds < 12
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    torch._dynamo.reset()
+
+
+def test_attention_slicing_works(pipe):
+    pipe.enable_attention_slicing(1)
+    alone = pipe(**OPTIONS, generator=seeded()).images
+    assert rms(parallelize(pipe, window=6, tolerance=1e-3)(**OPTIONS, generator=seeded()).images - alone) < 1e-3
+
+
+def test_hooks_of_others_see_the_networks_calls_and_stay(pipe):
+    """As LoRA, offloading and watchers use them."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Counts(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    hook = Counts()
+    add_hook_to_module(pipe.unet, hook)
+    inner: list[int] = []
+    handle = pipe.unet.conv_in.register_forward_hook(lambda module, args, out: inner.append(len(out)) or out * 1.01)
+    alone = pipe(**OPTIONS, generator=seeded()).images
+    hook.calls = 0
+    inner.clear()
+    made = parallelize(pipe, window=6, tolerance=1e-3)
+    together = made(**OPTIONS, generator=seeded()).images
+    assert rms(together - alone) < 1e-3
+    assert hook.calls == len(inner) == made.last_result.rounds + 1  # one comparison of the first lane
+    assert pipe.unet._hf_hook is hook
+    handle.remove()
+
+
+def test_offloading_hooks_that_replace_forward_during_a_call_are_kept(pipe):
+    replaced = pipe.vae.forward
+
+    def taken(*args, **kwargs):
+        return replaced(*args, **kwargs)
+
+    free = pipe.maybe_free_model_hooks
+
+    def frees():
+        pipe.vae.forward = taken
+        return free()
+
+    pipe.__dict__["maybe_free_model_hooks"] = frees
+    parallelize(pipe, window=6)(**OPTIONS)
+    assert pipe.vae.forward is taken
+
+
+# Refusals
+
+
+def counted(pipe: Any) -> list[int]:
+    """Rows of every call of a pipeline's network from here on."""
+    rows: list[int] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(1))
+    return rows
+
+
+def test_pipelines_that_cannot_be_run_in_parallel_are_refused_before_any_work(pipe):
+    rows = counted(pipe)
+    for owner, remedy in (("no pipeline", "give a diffusers pipeline"), (torch.nn.Linear(1, 1), "give a diffusers pipeline")):
+        with pytest.raises(TypeError, match=remedy):
+            parallelize(owner)
+    pipe.scheduler = diffusers.CogVideoXDPMScheduler()
+    with pytest.raises(UnsupportedError, match="whose step takes"):
+        parallelize(pipe)
+    panorama = tiny.stable_diffusion(diffusers.StableDiffusionPanoramaPipeline)
+    with pytest.raises(UnsupportedError, match="uses the number of the step"):
+        parallelize(panorama)
+    assert rows == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "`window` is 0"),
+        ({"window": 2.5}, "`window` is 2.5"),
+        ({"tolerance": 0}, "`tolerance` is 0"),
+        ({"variance": -1.0}, "`variance` is -1.0"),
+        ({"mean": float("nan")}, "`mean` is nan"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parallelize(pipe, **arguments)
+
+
+def test_a_guidance_interval_of_a_controlnet_is_refused_before_any_work():
+    pipe = tiny.stable_diffusion_control()
+    rows = counted(pipe)
+    image = torch.zeros(1, 3, 16, 16)
+    made = parallelize(pipe)
+    for argument, value in (("control_guidance_end", 0.5), ("control_guidance_start", [0.2])):
+        with pytest.raises(UnsupportedError, match=f"`{argument}` is"):
+            made(**OPTIONS, image=image, **{argument: value})
+    assert rows == []
+    made(**OPTIONS, image=image, control_guidance_end=1.0)
+
+
+def test_skipped_layers_of_sd3_are_refused_before_any_work():
+    made = parallelize(tiny.stable_diffusion_3())
+    with pytest.raises(UnsupportedError, match="`skip_guidance_layers` is"):
+        made("a red cat", num_inference_steps=4, skip_guidance_layers=[0], output_type="latent")
+
+
+def test_a_loop_that_decides_by_the_timestep_is_refused_and_the_pipeline_restored():
+    pipe = tiny.cogvideox()
+    options = {
+        "prompt": "a cat",
+        "height": 16,
+        "width": 16,
+        "num_frames": 9,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+    }
+    pipe(**options, num_inference_steps=2, use_dynamic_cfg=True)
+    before = fingerprint(pipe)
+    with pytest.raises(UnsupportedError, match="decides something by the value"):
+        parallelize(pipe)(**options, num_inference_steps=8, use_dynamic_cfg=True)
+    assert fingerprint(pipe) == before
+
+
+class NoisyPipeline(tiny.PolicyPipeline):
+    """Draws random numbers in its loop."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            condition = observation[:, :, None] + 0.1 * torch.randn(1, 4, 16, generator=generator)
+            output = self.unet(torch.cat([actions, condition], 1), t).sample
+            actions = self.scheduler.step(output, t, actions, generator=generator).prev_sample
+        return (actions,)
+
+
+def test_random_numbers_in_the_loop_are_refused():
+    policy = tiny.policy()
+    pipe = NoisyPipeline(policy.unet, policy.scheduler)
+    with pytest.raises(UnsupportedError, match="random numbers were drawn"):
+        parallelize(pipe, window=4)(torch.zeros(1, 4), generator=seeded())
+
+
+def test_networks_that_mix_rows_or_draw_random_numbers_are_refused():
+    mixing = tiny.policy()
+    mixing.unet.register_forward_hook(lambda module, args, out: None)
+    forward = mixing.unet.forward
+
+    def mixes(sample, *args, **kwargs):
+        return forward(sample + 0.1 * sample.mean(0, keepdim=True), *args, **kwargs)
+
+    mixing.unet.forward = mixes
+    with pytest.raises(UnsupportedError, match="rows influence each other"):
+        parallelize(mixing, window=4)(torch.zeros(1, 4), generator=seeded())
+    dropping = tiny.stable_diffusion()
+    dropping.unet.train()
+    for module in dropping.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    with pytest.raises(UnsupportedError, match=r"call \.eval\(\)"):
+        parallelize(dropping, window=4)(**OPTIONS, generator=seeded())
+
+
+def test_nan_from_a_network_is_reported_with_its_step_and_round(pipe):
+    forward = pipe.unet.forward
+    last = float(pipe.scheduler.timesteps[7])
+
+    def breaks(sample, timestep, *args, **kwargs):
+        out = forward(sample, timestep, *args, **{**kwargs, "return_dict": False})[0]
+        return (torch.where((timestep == last).reshape(-1, 1, 1, 1), torch.nan, out),)
+
+    pipe.unet.forward = breaks
+    made = parallelize(pipe, window=4)
+    with pytest.raises(piadm.NonFiniteError) as caught:
+        made(**OPTIONS, generator=seeded())
+    assert caught.value.step == 7
+    assert caught.value.x.shape == (1, 4, 8, 8)
+
+
+def test_a_cache_between_steps_is_refused_before_any_work():
+    pipe = tiny.flux()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(UnsupportedError, match="has a cache enabled"):
+        parallelize(pipe)("a red cat", height=16, width=16, num_inference_steps=4)
+
+
+# Exact in law
+
+
+def test_exact_runs_test_every_step_that_has_noise():
+    pipe = tiny.quiet(diffusers.DDPMPipeline(tiny.unet2d(), diffusers.DDPMScheduler(clip_sample=False)))
+    made = parallelize(pipe, window=8, exact=True, variance=0.3)
+    made(batch_size=1, num_inference_steps=40, generator=seeded(), output_type="np")
+    result = made.last_result
+    counts = result.acceptance
+    assert int(counts.accepted + counts.rejected + counts.recomputed) == 40
+    assert int(counts.accepted) > 20
+    assert result.rounds < 40
+    assert (
+        result.certificate
+        == piadm.Exact(piadm.models.load("digits"), piadm.DDPM(4), window=2)((1, 1, 8, 8), label=torch.tensor([1])).certificate
+    )
+
+
+def test_exact_runs_say_what_they_need(pipe):
+    with pytest.raises(UnsupportedError, match="draws no noise"):
+        parallelize(pipe, exact=True)(**OPTIONS)
+    pipe.scheduler = diffusers.DDPMScheduler(**tiny.STABLE, clip_sample=False)
+    with pytest.raises(UnsupportedError, match="batch of 2"):
+        parallelize(pipe, exact=True)(**OPTIONS, num_images_per_prompt=2)
+
+
+def test_exact_runs_have_the_law_of_the_sequential_pipeline():
+    """A linear network: every coordinate of a sample is Gaussian, with the variance that the scheduler's table gives."""
+
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    pipe = tiny.quiet(diffusers.DDPMPipeline(tiny.Linear(), scheduler))
+    scheduler.set_timesteps(8)
+    found = piadm.diffusers.probe(scheduler, scheduler.timesteps)
+    variance, gains = 1.0, tiny.Linear.gain(scheduler.timesteps)
+    for m in range(8):
+        slope = found.on_state[m] + found.on_output[m] * gains[m]
+        rate = found.table.A[m, 0, 0] + found.table.B[m, 0] * slope
+        variance = float(rate**2 * variance + found.table.C[m, 0, 0] ** 2)
+    made = parallelize(pipe, window=4, exact=True, variance=2.0)
+    samples, rejected = [], 0
+    generator = seeded(0)
+    for _ in range(60):
+        made(batch_size=1, num_inference_steps=8, generator=generator, output_type="np")
+        samples.append(made.last_result.samples)
+        rejected += int(made.last_result.acceptance.rejected)
+    values = torch.stack(samples).double()
+    count = values.numel()
+    assert rejected > 20
+    assert abs(float(values.square().mean()) / variance - 1) < 4 * (2 / count) ** 0.5
+    assert abs(float(values.mean())) < 4 * (variance / count) ** 0.5

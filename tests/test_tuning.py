@@ -112,6 +112,20 @@ def test_where_rows_cost_what_they_cost_alone_the_run_is_the_sequential_one_bit_
     assert result.rounds == 50
 
 
+@pytest.mark.parametrize("price", ["a wide accelerator", "a core that one row fills"])
+def test_exact_runs_in_a_measured_window_too_and_is_the_run_in_that_window(priced, price):
+    denoiser, scheme = priced(PRICES[price]), piadm.DDPM(60)
+    measured = piadm.Exact(denoiser, scheme, window="auto")((3, 16), generator=generator())
+    if measured.choice.window == 1:
+        given = piadm.Sequential(denoiser, scheme)((3, 16), generator=generator())
+    else:
+        given = piadm.Exact(denoiser, scheme, window=measured.choice.window)((3, 16), generator=generator())
+        assert measured.acceptance.accepted.sum() > 0
+    assert (measured.choice.window == 1) == (price == "a core that one row fills")
+    assert torch.equal(measured.samples, given.samples)
+    assert measured.certificate.kl == 0
+
+
 def test_a_network_is_timed_once_for_a_shape_whoever_samples_it(priced):
     denoiser = priced(PRICES["a wide accelerator"])
     first = piadm.Parallel(denoiser, piadm.DDPM(50), window="auto")

@@ -6,7 +6,7 @@ A denoiser (a network with its schedule), a scheme (the steps) and a sampler:
     result = piadm.Parallel(denoiser, piadm.DDPM(steps=1000), window=64)((16, 1, 28, 28), label=labels)
 """
 
-from piadm import fills, models, propagators, schedules, targets, windows
+from piadm import diffusers, fills, models, propagators, schedules, targets, windows
 from piadm.certificate import Certificate
 from piadm.checkpoint import Checkpoint
 from piadm.denoiser import Denoiser, DenoiserLike, Guided, Wrapper
@@ -54,6 +54,7 @@ __all__ = [
     "State",
     "Table",
     "Wrapper",
+    "diffusers",
     "fills",
     "models",
     "plan",

@@ -6,6 +6,7 @@ to the last is the run's newest word on the sample, $f(x_{m + W - 1}) ≈ \mathb
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,17 +50,18 @@ class Film(Wrapper):
         """What tells the film whose row is whose; the network never sees it."""
         return {"film_sample": torch.arange(samples)}
 
-    def __call__(self, x: Tensor, t: Tensor, *, film_sample: Tensor, **condition: Any) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        whose: Tensor = condition.pop("film_sample")
         f = self.denoiser(x, t, **condition)
-        for sample in range(min(SAMPLES, int(film_sample.max()) + 1)):
-            rows = (film_sample == sample).nonzero().flatten().tolist()
+        for sample in range(min(SAMPLES, int(whose.max()) + 1)):
+            rows = (whose == sample).nonzero().flatten().tolist()
             if not rows:
                 continue
             # rows of a sample run from noise to data; a round may take several calls, one of them an audit of earlier steps
             first, last = float(t[rows[0]]), float(t[rows[-1]])
-            if first >= self._finished.get(sample, (first,))[0]:
+            if first >= self._finished.get(sample, (-math.inf,))[0]:
                 self._finished[sample] = first, thumbnail(x[rows[0]])
-            if last <= self._ahead.get(sample, (last,))[0]:
+            if last < self._ahead.get(sample, (math.inf,))[0]:
                 self._ahead[sample] = last, thumbnail(f[rows[-1]])
         return f
 

@@ -23,7 +23,7 @@ COLUMNS = 2000
 """Steps that a convergence map shows one by one; of more, several share a column."""
 LINES = 8
 """Samples drawn as lines, at most."""
-PAGE = (5.2, 3.5)
+PAGE = (4.6, 3.4)
 """Inches of a figure on a page: small, so that its text can still be read where the page is narrow."""
 _INK, _PAPER = "#010203", "#fdfcfb"  # what a page's own colours take the place of
 
@@ -107,7 +107,7 @@ def values(samples: Tensor) -> Figure:
             axes.hist(samples[:, 0].numpy(), bins=min(40, max(5, len(samples) // 4)))
             axes.set(xlabel="value", ylabel="samples")
         case 2:
-            axes.scatter(samples[:, 0].numpy(), samples[:, 1].numpy(), s=12, alpha=0.7)
+            axes.scatter(samples[:, 0].numpy(), samples[:, 1].numpy(), s=14, alpha=0.9)
             axes.set(xlabel="first number", ylabel="second number")
         case numbers:
             for n, sample in enumerate(samples[:LINES]):
@@ -153,7 +153,7 @@ def inline_svg(draw: Callable[[], Figure], name: str) -> str:
 
     matplotlib's settings are changed while it draws, and then put back.
     """
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "savefig.facecolor": "none"}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5, "savefig.facecolor": "none"}
     settings |= {"axes.facecolor": "none", "legend.facecolor": _PAPER, "text.color": _INK}
     settings |= {f"{part}.color": _INK for part in ("xtick", "ytick")} | {
         f"axes.{part}color": _INK for part in ("edge", "label")

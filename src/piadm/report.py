@@ -133,7 +133,7 @@ def _data(image: np.ndarray[Any, Any]) -> str:
 def _table(run: Recorded, flat: Tensor) -> list[dict[str, Any]]:
     rows = flat[: TABLE[0], : TABLE[1]]
     return [
-        {"values": [f"{value:.4g}" for value in row.tolist()], "caption": caption}
+        {"numbers": [f"{value:.4g}" for value in row.tolist()], "caption": caption}
         for row, caption in zip(rows, _captions(run, len(rows)), strict=True)
     ]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from piadm.denoiser import DenoiserLike, Wrapper
+from piadm.denoiser import DenoiserLike
+from piadm.executors import Executor, in_slices
 from piadm.pictures import is_image
 
 SAMPLES = 4
@@ -27,7 +28,7 @@ NUMBERS = 256
 _LARGEST = 6e4  # about what float16 holds
 
 
-class Film(Wrapper):
+class Film(Executor):
     """A denoiser that keeps what each round saw of the first samples, and changes nothing.
 
     Give the sampler the film for its denoiser, `film.condition(samples)` among its conditions, and `film.callback`.
@@ -37,14 +38,15 @@ class Film(Wrapper):
     """
 
     def __init__(self, denoiser: DenoiserLike) -> None:
-        super().__init__(denoiser)
+        super().__init__(in_slices(denoiser))
+        self._name = repr(denoiser)
         self._finished: dict[int, tuple[float, Tensor]] = {}
         self._ahead: dict[int, tuple[float, Tensor]] = {}
         self._frames: list[tuple[int, dict[int, tuple[Tensor, Tensor]]]] = []
         self._every = 1
 
     def __repr__(self) -> str:
-        return repr(self.denoiser)
+        return self._name
 
     def condition(self, samples: int) -> dict[str, Tensor]:
         """What tells the film whose row is whose; the network never sees it."""

@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import piadm
+from benchmarks import tables
 from piadm import words
 from piadm.cli import app
 from piadm.film import FRAMES, SIDE, Film, thumbnail
+from piadm.pictures import png
 from piadm.recorded import read_run
 from piadm.report import write_report
 
@@ -475,3 +477,61 @@ def test_a_record_of_very_many_steps_costs_no_memory(spoilt: Callable[..., Path]
     folder = spoilt(10**12, "result", "steps")
     assert report(folder).rows["rounds"][1] == str(10**12)
     assert read_run(folder).cost.steps == 10**12
+
+
+def test_a_benchmark_reports_its_tables(tmp_path: Path) -> None:
+    rows = [{"case": "a", "rounds": 7, "time": 1 / 3}, {"case": "b", "rounds": 12, "time": None}]
+    tables.write(tmp_path, "work", {"One": rows, "None": []}, {"command": "python work.py", "cores": 2})
+    (tmp_path / "work.png").write_bytes(png(np.zeros((2, 3, 3), np.uint8)))
+    tables.report(tmp_path, "work")
+    page = Page((tmp_path / "work.html").read_text())
+    assert page.open == []
+    assert (page.rows["a"], page.rows["b"]) == (["7", "0.333"], ["12", "–"])
+    assert (page.rows["command"], page.rows["cores"]) == (["python work.py"], ["2"])
+    assert page.tags.count("img") == 1
+    assert alone(page)
+    assert "script" not in page.tags
+
+
+def test_cells_of_a_benchmark_are_escaped(tmp_path: Path) -> None:
+    tables.write(tmp_path, "odd", {EVIL: [{EVIL: EVIL}], "none": []}, {EVIL: EVIL})
+    tables.report(tmp_path, "odd")
+    page = Page((tmp_path / "odd.html").read_text())
+    assert page.text.count(EVIL) == 5
+    assert "script" not in page.tags
+    assert page.handlers == []
+
+
+INTERRUPTED = """
+import torch
+import piadm
+once = ["once"]
+
+def points():
+    betas = piadm.schedules.DiscreteBetas.linear(1000)
+    whole = piadm.targets.GaussianMixture(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), 0.01, schedule=betas)
+    calls = []
+    def network(x, t):
+        calls.append(len(x))
+        if len(calls) == 4 and once:
+            raise KeyboardInterrupt
+        return whole(x, t)
+    return piadm.Denoiser(network, whole.schedule, "sample", event_shape=(2,))
+"""
+
+
+def test_a_resumed_run_is_filmed_from_where_it_goes_on(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(INTERRUPTED)
+    options = ("--model", f"{own}:points", "--num-samples", 3, "--num-inference-steps", 20, "--window", 4, "--report")
+    words = ["sample", "--no-progress", "--output", str(tmp_path / "out"), *map(str, options)]
+    assert CliRunner().invoke(app, words).exit_code == 130
+    kept = tmp_path / "out" / "checkpoint.safetensors"
+    rounds = piadm.checkpoint.load(kept).state.rounds
+    own.write_text(INTERRUPTED.replace('["once"]', "[]"))
+    run(tmp_path / "out", *options, "--resume", kept)
+    run(tmp_path / "whole", *options)
+    again, whole = (load_file(tmp_path / name / "film.safetensors") for name in ("out", "whole"))
+    assert again["rounds"].tolist() == whole["rounds"].tolist()[rounds:]
+    assert torch.equal(again["ahead"], whole["ahead"][rounds:])
+    report(tmp_path / "out")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,33 @@ def render(run: Recorded) -> str:
     )
 
 
+Value = str | int | float | None
+
+
+def render_tables(
+    title: str, about: Mapping[str, Value], tables: Mapping[str, Sequence[Mapping[str, Value]]], picture: bytes | None
+) -> str:
+    """A page of tables, each a list of rows that share their columns, with a PNG above them: what benchmarks report."""
+
+    def text(value: Value) -> str:
+        return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    def table(rows: Sequence[Mapping[str, Value]]) -> dict[str, Any]:
+        numbers = [any(isinstance(row[name], int | float) for row in rows) for name in rows[0]]
+        return {
+            "columns": list(zip(rows[0], numbers, strict=True)),
+            "cells": [[text(row[name]) for name in rows[0]] for row in rows],
+        }
+
+    return page(
+        "tables.html",
+        title,
+        about=about,
+        tables={name: table(rows) for name, rows in tables.items() if rows},
+        picture=None if picture is None else _data(picture),
+    )
+
+
 def page(template: str, title: str, script: str = "", **content: Any) -> str:
     """A page from a template of this package; of scripts only `script` may run in it."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -121,13 +148,14 @@ def _captions(run: Recorded, count: int) -> list[str]:
 def _images(run: Recorded) -> list[dict[str, str]]:
     samples = run.samples[:IMAGES]
     return [
-        {"source": _data(image), "caption": caption}
+        {"source": _data(png(image)), "caption": caption}
         for image, caption in zip(pixels(samples), _captions(run, len(samples)), strict=True)
     ]
 
 
-def _data(image: np.ndarray[Any, Any]) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+def _data(picture: bytes) -> str:
+    """A PNG as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def _table(run: Recorded, flat: Tensor) -> list[dict[str, Any]]:
@@ -155,7 +183,7 @@ def _film(run: Recorded, film: Mapping[str, Tensor]) -> dict[str, Any]:
     sprite = pair.transpose(0, 3, 1, 2, 4, 5).reshape(frames * height, samples * 2 * width, 3)
     told = [_moment(run, round) for round in film["rounds"].tolist()]
     return {
-        "sprite": _data(sprite),
+        "sprite": _data(png(sprite)),
         "rows": frames,
         "columns": 2 * samples,
         "samples": samples,

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -36,6 +37,7 @@ def points():
     means = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
     return piadm.targets.GaussianMixture(means, 0.01, schedule=piadm.schedules.DiscreteBetas.linear(1000))
 """
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DIGITS = ("--model", "digits", "--num-samples", 3, "--num-inference-steps", 20, "--label", "7,3")
 
 
@@ -183,6 +185,20 @@ def test_the_page_needs_nothing_but_itself(compared: Path) -> None:
     assert {one[1:] for one in page.references if one.startswith("#")} <= set(page.ids)
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_runs_the_pages_own_script_and_no_other(spoilt: Callable[..., Path]) -> None:
+    """The policy lets the player through: its controls come alive. A script that got in, against all care, would not run."""
+    path = write_report(spoilt("a title", "title"))
+    foreign = "<script>document.title = 'taken over'</script></main>"
+    path.write_text(path.read_text().replace("</main>", foreign))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom"]
+    shown = subprocess.run(
+        [str(CHROMIUM), *flags, path.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert 'class="controls live"' in shown
+    assert "<title>a title</title>" in shown
+
+
 def test_the_same_folder_gives_the_same_page(compared: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(compared, tmp_path / "copy")
     first, second = write_report(compared).read_bytes(), write_report(copy).read_bytes()
@@ -300,6 +316,10 @@ def test_damaged_tensors_are_named(compared: Path, tmp_path: Path, name: str) ->
     with pytest.raises(ValueError, match=rf"{name} is damaged"):
         write_report(folder)
     save_file({"samples": torch.zeros(2), "rounds": torch.zeros(1)}, folder / name)
+    with pytest.raises(ValueError, match=r"is damaged"):
+        write_report(folder)
+    frames = torch.zeros(1, 2, 7)  # of samples that are no images
+    save_file({"samples": frames + 0, "rounds": torch.ones(1), "ahead": frames, "finished": frames.clone()}, folder / name)
     with pytest.raises(ValueError, match=r"is damaged"):
         write_report(folder)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from piadm.errors import require
+from piadm.pictures import is_image
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def read_run(folder: Path) -> Recorded:
         residuals=residuals,
         samples=samples.float(),
         condition={name: tensor for name, tensor in tensors.items() if tensor.ndim and len(tensor) == shape[0]},
-        film=_film(folder / "film.safetensors") if (folder / "film.safetensors").is_file() else None,
+        film=_film(folder / "film.safetensors", samples) if (folder / "film.safetensors").is_file() else None,
     )
 
 
@@ -252,14 +253,16 @@ def _counts(node: _Node, samples: int) -> list[int]:
     return found
 
 
-def _film(path: Path) -> dict[str, Tensor]:
+def _film(path: Path, samples: Tensor) -> dict[str, Tensor]:
     film = _tensors(path)
     rounds, ahead, finished = (film.get(name, torch.empty(0)) for name in ("rounds", "ahead", "finished"))
     right = rounds.ndim == 1 and len(rounds) == len(ahead) == len(finished) > 0 and ahead.shape == finished.shape
-    right = right and ahead.ndim in (3, 5) and min(ahead.shape) > 0
+    images = is_image(samples.shape[1:])
+    right = right and ahead.ndim == (5 if images else 3) and min(ahead.shape) > 0 and ahead.shape[1] <= len(samples)
+    right = right and (not images or is_image(ahead.shape[2:]))
     if not right:
         raise ValueError(
             f"{path.name} is damaged: rounds, ahead and finished have shapes {tuple(rounds.shape)}, {tuple(ahead.shape)} and "
-            f"{tuple(finished.shape)}. Draw the samples again with piadm sample --report"
+            f"{tuple(finished.shape)}, not those of a film of these samples. Draw the samples again with piadm sample --report"
         )
     return {"rounds": rounds.long(), "ahead": ahead.float(), "finished": finished.float()}

@@ -555,3 +555,16 @@ def test_a_resumed_run_is_filmed_from_where_it_goes_on(tmp_path: Path) -> None:
     assert again["rounds"].tolist() == whole["rounds"].tolist()[rounds:]
     assert torch.equal(again["ahead"], whole["ahead"][rounds:])
     report(tmp_path / "out")
+
+
+def test_no_distance_is_told_as_rounding_not_as_nothing(spoilt: Callable[..., Path]) -> None:
+    page = report(spoilt([0.0, 0.0, 0.0], "sequential", "rms_difference"))
+    assert "the furthest is no more than rounding away" in page.text
+
+
+def test_more_rounds_than_steps_are_not_called_fewer(tmp_path: Path) -> None:
+    options = ("--model", "digits", "--num-samples", 1, "--num-inference-steps", 20, "--horizon", 6, "--block", 2)
+    page = report(run(tmp_path, *options, "--sampler", "piadm-sde", "--iterations", 12))
+    record = json.loads((tmp_path / "run.json").read_text())["result"]
+    assert record["rounds"] > record["steps"]
+    assert "more, not fewer" in page.text

@@ -92,7 +92,7 @@ def convergence(steps: int, windows: Sequence[tuple[int, int]], residuals: Seque
     axes.plot(*line, color="crimson", linewidth=1.8, label="finished steps")
     axes.set(xlim=(0, steps), ylim=(0.5, rounds + 0.5), xlabel="step (0 is pure noise)", ylabel="round")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend(loc="lower right" if finished[-1] > 0 else "upper left", framealpha=0.95)
     figure.colorbar(picture, ax=axes, label="residual (rms defect)", pad=0.02)
     return figure

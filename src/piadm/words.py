@@ -19,7 +19,7 @@ def cost(run: Recorded) -> list[str]:
     fewer = own.steps / max(own.rounds, 1)
     told = [
         f"{own.rounds} rounds of network calls, one after the other, where the sequential scheme makes {own.steps}: "
-        + (f"{fewer:.3g} times fewer." if fewer > 1 else "no fewer.")
+        + (f"{fewer:.3g} times fewer." if fewer > 1 else "no fewer." if fewer == 1 else "more, not fewer.")
         + f" A round evaluates many steps at once; in all {own.evaluations:.4g} evaluations for each sample, "
         f"{own.evaluations / own.steps:.3g} for each step (the sequential scheme: 1)."
     ]
@@ -55,7 +55,7 @@ def certificate(run: Recorded) -> list[str]:
 def _bound(bound: Bound) -> list[str]:
     if bound.unbounded:
         return ["No bound: at an accepted state the network is not finite, so the distance from the sequential law is unknown."]
-    size = "an unknown amount" if bound.rms is None else f"{bound.rms:.2g}"
+    size = "an unknown amount" if bound.rms is None else _far(bound.rms)
     if bound.kl is None:
         how = "measured" if bound.rigorous else "an estimate, not a bound"
         return [
@@ -94,12 +94,16 @@ def _distance(run: Recorded) -> list[str]:
     known = [error for error in run.error if error is not None]
     if known:
         told.append(
-            f"Each sample was predicted to end within {max(known):.2g} (rms) of the sequential one with the same noise."
+            f"Each sample was predicted to end within {_far(max(known))} (rms) of the sequential one with the same noise."
         )
     seen = [] if run.sequential is None else [value for value in run.sequential.rms_difference if value is not None]
     if seen:
-        told.append(f"Compared with it, the furthest is {max(seen):.2g} away, the nearest {min(seen):.2g}.")
+        told.append(f"Compared with it, the furthest is {_far(max(seen))} away, the nearest {_far(min(seen))}.")
     return told
+
+
+def _far(rms: float) -> str:
+    return f"{rms:.2g}" if rms > 0 else "no more than rounding"
 
 
 def acceptance(run: Recorded) -> list[str]:

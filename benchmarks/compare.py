@@ -266,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this, such as 'digits DDIM 100, window 16'")
     parser.add_argument("--target", type=float, default=TARGET, help="largest final rms difference from the sequential samples")
     parser.add_argument("--pairs", type=int, default=3, help="interleaved pairs of runs for the time; 0 leaves it out")
+    tables.add_report(parser)
     asked = parser.parse_args(arguments)
     chosen = [case for case in selection(asked.full) if asked.only in str(case)]
     if not chosen:
@@ -279,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw(asked.output / "compare.png", rows)
         print(f"{case}: done", flush=True)
     tables.show(f"Final error at most {asked.target:g}", rows)
+    if asked.report:
+        tables.report(asked.output, "compare")
 
 
 if __name__ == "__main__":

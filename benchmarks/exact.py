@@ -125,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for exact.md, .csv and .json")
     parser.add_argument("--quick", action="store_true", help="digits alone, fewer steps, samples and seeds")
     parser.add_argument("--only", choices=TITLES, help="one table")
+    tables.add_report(parser)
     asked = parser.parse_args(arguments)
     about = tables.machine(["python", "benchmarks/exact.py", *(sys.argv[1:] if arguments is None else arguments)])
     scheme, seeds = DDPM(50 if asked.quick else 1000), 2 if asked.quick else 8
@@ -145,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "Law" in found:
         few, batch, count = (5, 100, 400) if asked.quick else (6, 1000, 20_000)
         keep("Law", laws(Case("digits", DDPM(few), None, batch), count, 1e9))
+    if asked.report:
+        tables.report(asked.output, "exact")
 
 
 if __name__ == "__main__":

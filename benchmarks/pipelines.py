@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, tables.Value]]:
     parser.add_argument("--target", type=float, default=1e-2, help="final rms error")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--output", type=Path, default=Path("out/pipelines"))
+    tables.add_report(parser)
     given = parser.parse_args(arguments)
     found: list[dict[str, tables.Value]] = []
     with warnings.catch_warnings():
@@ -187,6 +188,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, tables.Value]]:
     command = ["python", "benchmarks/pipelines.py", *(sys.argv[1:] if arguments is None else arguments)]
     about = {**tables.machine(command), "diffusers": diffusers.__version__, "target": given.target}
     tables.write(given.output, "pipelines", {f"Final error at most {given.target:g}": found}, about)
+    if given.report:
+        tables.report(given.output, "pipelines")
     return found
 
 

@@ -214,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seeds", type=int, default=3, help="runs of each case and tolerance; one for 1000 steps unless --full"
     )
+    tables.add_report(parser)
     asked = parser.parse_args(arguments)
     chosen = [case for case in selection(asked.full) if asked.only in str(case)]
     if not chosen:
@@ -230,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{case}: done", flush=True)
     for title, rows in found.items():
         tables.show(title, rows)
+    if asked.report:
+        tables.report(asked.output, "promise")
 
 
 if __name__ == "__main__":

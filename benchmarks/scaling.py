@@ -256,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("out/scaling"), help="folder for tables and plot")
     parser.add_argument("--largest", type=int, default=12, help="the largest power of ten by exact laws")
     parser.add_argument("--sampled", type=int, default=5, help="the largest power of ten by sampling; 0 for none")
+    tables.add_report(parser)
     options = parser.parse_args(arguments)
     torch.set_grad_enabled(False)
     about = tables.machine(["python", "benchmarks/scaling.py", *(sys.argv[1:] if arguments is None else arguments)])
@@ -276,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables.write(options.output, "scaling", found, about)
     if exact:
         plot(options.output / "scaling.png", exact, fits)
+    if options.report:
+        tables.report(options.output, "scaling")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table as Grid
+
+from piadm.report import render_tables
 
 Value = str | int | float | None
 Row = Mapping[str, Value]
@@ -79,3 +82,16 @@ def write(folder: Path, name: str, tables: Mapping[str, Sequence[Row]], about: M
             writer = csv.DictWriter(file, list(first[0]))
             writer.writeheader()
             writer.writerows(first)
+
+
+def report(folder: Path, name: str) -> None:
+    """`name.html`, one page that needs nothing else, from `name.json` and, if it is there, `name.png`."""
+    written = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    about, picture = written.pop("about"), folder / f"{name}.png"
+    page = render_tables(f"piadm: {name}", about, written, picture.read_bytes() if picture.is_file() else None)
+    (folder / f"{name}.html").write_text(page, encoding="utf-8")
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """The option `--report`."""
+    parser.add_argument("--report", action="store_true", help="also write all of it on one page, .html, that opens anywhere")

@@ -32,7 +32,9 @@ FLOORS = [
     {"planner"},
     {"published"},
     {"models", "diffusers", "pictures"},
-    {"record"},
+    {"film", "record", "recorded"},
+    {"words"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]

@@ -74,7 +74,8 @@ def test_the_two_sample_test_sees_a_mean_a_variance_and_a_correlation_that_diffe
 
 
 def test_scaling_counts_rounds_by_exact_laws_and_by_sampling(tmp_path):
-    scaling.main(["--largest", "2", "--sampled", "1", "--output", str(tmp_path)])
+    scaling.main(["--largest", "2", "--sampled", "1", "--output", str(tmp_path), "--report"])
+    assert "With and without the corrector" in (tmp_path / "scaling.html").read_text()
     _, tables = tables_of(tmp_path / "scaling.json")
     low, high = tables["Rounds and bytes for KL ≤ 0.01"]
     assert (low["d"], high["d"]) == ("1e1", "1e2")

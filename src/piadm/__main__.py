@@ -9,7 +9,7 @@ def main() -> None:
     try:
         from piadm.cli import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "matplotlib"):
+        if error.name not in ("typer", "matplotlib", "jinja2"):
             raise
         sys.exit(f"piadm: the command needs {error.name}: pip install 'piadm[cli]'")
     app()

@@ -28,12 +28,14 @@ from piadm.errors import NonFiniteError, RankError, require, require_count
 from piadm.exact import Exact
 from piadm.executors import cut
 from piadm.exponential import Corrector, ExponentialSDE
+from piadm.film import Film
 from piadm.noise import Noise
 from piadm.pictures import is_image
 from piadm.planner import Method, Plan
 from piadm.planner import plan as make_plan
 from piadm.published import PIADMODE, PIADMSDE
 from piadm.record import Run, distance, write_finished, write_run
+from piadm.report import write_report
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
 from piadm.schemes import DDIM, DDPM, Euler, Scheme
@@ -80,7 +82,7 @@ _SERVES = {
     "compare": (*_PAPERS, SamplerName.parallel),
 }
 """The samplers an option means something to; options not listed serve all."""
-_LOCAL = ("output", "progress", "checkpoint", "resume")
+_LOCAL = ("output", "progress", "checkpoint", "resume", "report")
 """Options that change nothing of what is drawn."""
 
 
@@ -153,6 +155,9 @@ def sample(
         Path | None,
         typer.Option(help="Go on from such a file, and keep it up to date: give the interrupted run's options too."),
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also keep how the first samples emerge, and write it all on a page, report.html.")
+    ] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ) -> None:
     """Draws samples, prints what they cost, and writes them with pictures and a record of the run.
@@ -172,6 +177,9 @@ def sample(
         denoiser = _load(model, guidance_scale)
         if dist.is_available() and dist.is_initialized():
             denoiser = Sharded(denoiser)
+        film = Film(denoiser) if report else None
+        if film is not None:
+            denoiser = film
         condition = _condition(label, num_samples, model in models.NAMES, denoiser)
         chosen: Parallel | Sequential
         fit: _Fit = {"window": _window(window), "max_memory": _memory(max_memory)}
@@ -190,7 +198,7 @@ def sample(
         _prepare(output)
         title = f"{sampler.value} on {Path(model).name}: {num_samples} samples, {len(chosen.table)} steps"
         run = Run(arguments, repr(denoiser), repr(chosen.scheme), condition, title)
-        _run(run, chosen, denoiser, num_samples, seed, output, compare, progress, checkpoint, resume)
+        _run(run, chosen, denoiser, num_samples, seed, output, compare, progress, checkpoint, resume, film)
     except (ValueError, TypeError) as error:
         message = str(error) if resume is None else str(error).replace("`checkpoint`", "`resume`")
         _fail(_in_options(message, context) + _place(error, model) + _keep(error, kept), 2)
@@ -225,6 +233,20 @@ def _memory(given: str | None) -> float | None:
         return int(given) if given.isdecimal() else float(given)
     except ValueError:
         raise ValueError(f"`max_memory` is {given!r}: give bytes, such as 2000000000, or a fraction, such as 0.5") from None
+
+
+@app.command("report")
+def report_run(folder: Annotated[Path, typer.Argument(help="The --output of a piadm sample.")]) -> None:
+    """Writes a run on one page, report.html in its folder: samples, rounds, certificate, what it cost.
+
+    The page needs no network and no other file. Runs with --report show how their samples emerged as well.
+    """
+    try:
+        path = write_report(folder)
+    except (ValueError, OSError) as error:
+        typer.echo(f"piadm report: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"written to {path}")
 
 
 @app.command()
@@ -297,6 +319,7 @@ def _run(
     progress: bool,
     checkpoint: Path | None,
     resume: Path | None,
+    film: Film | None,
 ) -> None:
     shards = sharding(denoiser)
     leads = shards is None or shards.rank == 0
@@ -304,29 +327,32 @@ def _run(
     def source() -> torch.Generator:
         return torch.Generator(denoiser.device or "cpu").manual_seed(seed)
 
-    def draw(one: Parallel | Sequential, path: Path | None = None) -> Result:
+    def draw(one: Parallel | Sequential, path: Path | None = None, **filmed: Any) -> Result:
         shape = (samples, *(denoiser.event_shape or ()))
-        return one(shape, generator=source(), progress=progress and leads, checkpoint=path, **run.condition)
+        return one(shape, generator=source(), progress=progress and leads, checkpoint=path, **run.condition, **filmed)
+
+    filmed: dict[str, Any] = {} if film is None else {"callback": film.callback, **film.condition(samples)}
 
     console = Console(quiet=not leads)
     sequential, cost = None, None
     try:
         if resume is None:
-            result = draw(sampler, checkpoint)
+            result = draw(sampler, checkpoint, **filmed)
         else:
             kept = load(resume)
             require(kept.shape[0] == samples, "num_samples", samples, f"the run to resume has {kept.shape[0]}")
             seeds = Noise(source(), samples, 1, 1, source().device, torch.float32).seeds
             require(list(kept.seeds) == seeds, "seed", seed, "the run to resume has another")
-            result = sampler.resume(resume, progress=progress and leads, **run.condition)
+            result = sampler.resume(resume, progress=progress and leads, **run.condition, **filmed)
         cost = None if shards is None else shards.cost
         try:
             if compare:
                 console.print("once more, one step after the other:")
-                sequential = draw(Sequential(denoiser, sampler.scheme))
+                sequential = draw(Sequential(denoiser if film is None else film.denoiser, sampler.scheme))
         finally:  # whatever becomes of the comparison, the samples are there
             if leads:
-                write_run(folder, run, result, sequential)
+                frames = None if film is None else film.tensors(result.rounds, result.samples)
+                write_run(folder, run, result, sequential, frames)
     except NonFiniteError as error:
         others = [row for row in range(samples) if row not in error.samples]
         if error.result is not None and leads:
@@ -342,6 +368,8 @@ def _run(
         console.print(f"no samples.png: samples of shape {tuple(result.samples.shape[1:])} are not images (1 or 3, H, W)")
     if not result.windows:
         console.print("no convergence.png: a sequential run has no rounds to compare")
+    if film is not None and leads:
+        write_report(folder)
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
 
 

@@ -6,6 +6,8 @@
 | `samples.safetensors` | `samples`, the conditions they were drawn for, and `sequential` if the run was compared |
 | `samples.png` | the samples, if they are images |
 | `convergence.png` | residual against step and round, if the run had rounds |
+| `film.safetensors` | how the first samples emerged, if the run was filmed: see `piadm.film` |
+| `report.html` | all of it on a page, if that was asked for: see `piadm.report` |
 | `finished.safetensors` | of a run that broke: `x`, the state each sample had reached, and `finished`, after how many steps |
 """
 
@@ -56,23 +58,27 @@ def distance(result: Result, sequential: Result) -> Tensor:
     return (result.samples - sequential.samples).flatten(1).square().mean(1).sqrt()
 
 
-def write_run(folder: Path, run: Run, result: Result, sequential: Result | None = None) -> None:
+def write_run(
+    folder: Path, run: Run, result: Result, sequential: Result | None = None, film: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the run's files, each one whole or not at all, over those of an earlier run in that folder."""
     tensors = {"samples": result.samples, **run.condition}
     if sequential is not None:
         tensors["sequential"] = sequential.samples
     _save(folder / "samples.safetensors", tensors, run)
-    with _replacing(folder / "run.json") as path:
+    with replacing(folder / "run.json") as path:
         path.write_text(_json(run, result, sequential), encoding="utf-8")
     # a picture of an earlier run beside this record would pass for this run's
-    for name in ("samples.png", "convergence.png", "finished.safetensors"):
+    for name in ("samples.png", "convergence.png", "film.safetensors", "report.html", "finished.safetensors"):
         (folder / name).unlink(missing_ok=True)
+    if film is not None:
+        _save(folder / "film.safetensors", film, run)
     if is_image(result.samples.shape[1:]):
-        with _replacing(folder / "samples.png") as path:
+        with replacing(folder / "samples.png") as path:
             draw_samples(path, result.samples)
     if result.windows:
         residuals = [r.tolist() for r in result.residuals]
-        with _replacing(folder / "convergence.png") as path:
+        with replacing(folder / "convergence.png") as path:
             draw_convergence(path, result.steps, result.windows, residuals, run.title)
 
 
@@ -135,6 +141,7 @@ def _figures(result: Result) -> dict[str, Any]:
             "tv": _rounded(certificate.tv),
             "rms": _rounded(certificate.rms),
             "rigorous": certificate.rigorous,
+            "unbounded": certificate.kl == math.inf,
             "calls": certificate.calls,
             "evaluations": _rounded(certificate.evaluations),
         },
@@ -152,12 +159,12 @@ def _rounded(value: Any) -> Any:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], run: Run) -> None:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_bytes(save(whole, metadata={"arguments": json.dumps(run.arguments)}))
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` once all is written."""
     part = path.with_name(f".{path.name}.part")
     try:

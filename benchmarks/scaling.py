@@ -251,6 +251,7 @@ def plot(path: Path, rows: Sequence[tables.Row], fits: Sequence[tables.Row]) -> 
     figure.savefig(path, dpi=130)
 
 
+@torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/scaling"), help="folder for tables and plot")
@@ -258,7 +259,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sampled", type=int, default=5, help="the largest power of ten by sampling; 0 for none")
     tables.add_report(parser)
     options = parser.parse_args(arguments)
-    torch.set_grad_enabled(False)
     about = tables.machine(["python", "benchmarks/scaling.py", *(sys.argv[1:] if arguments is None else arguments)])
     started = time.perf_counter()
     exact = [exact_row(10.0**power) for power in range(1, options.largest + 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from test_solver import ELEMENTWISE, Perturbed, denoiser_of, generator, mixture,
 import piadm
 from piadm import propagators
 from piadm.certificate import information
-from piadm.fills import Copy
+from piadm.fills import Copy, Jump
+from piadm.noise import Noise
+from piadm.solver import Solver
 from piadm.windows import Blocks, Pipelined, Sliding
 
 GUESS = 0.5
@@ -220,6 +223,30 @@ def test_accepting_a_step_looks_at_earlier_noise_only(network, step, target, win
     assert torch.equal(paths[0][: step + 1], paths[1][: step + 1])
     assert not torch.equal(paths[0][step + 1], paths[1][step + 1])
     assert last.rounds < 12  # or every step was exact, and nothing was decided
+
+
+@pytest.mark.parametrize("step", [20, 34])
+def test_of_many_samples_none_is_accepted_or_judged_by_later_noise(step):
+    """The same, in bulk: what the stopping rule learns from a window's later steps is not for its earlier ones."""
+    samples, d, scheme = 200, 4, piadm.DDPM(40)
+    modes = torch.tensor([[0.3], [-0.3]], dtype=torch.float64).expand(2, d)
+    denoiser = piadm.targets.GaussianMixture(modes, 0.01, schedule=BETAS)
+    table = scheme(BETAS)
+    histories = []
+    for perturb in (None, step):
+        noise: Any = Noise(generator(), samples, d, 1, torch.device("cpu"), torch.float64)
+        noise = noise if perturb is None else Perturbed(noise, perturb)
+        solver = Solver(table, noise, propagators.Secant(0.1), Sliding(), Jump(0.0, 0.1), 0.01, 0.1)
+        state, history = solver.init(noise.start() * table.scale), []
+        while not state.done:
+            request = solver.request(state)
+            state = solver.update(state, denoiser(request.x.reshape(-1, d), request.t).reshape(request.x.shape))
+            # once past the step, a sample may go on as its noise has it
+            history.append((state.start.clamp(max=step), state.error.where(state.start < step, 0.0)))
+        histories.append(history)
+    for (start, error), (other_start, other_error) in zip(*histories, strict=False):
+        assert torch.equal(start, other_start)
+        torch.testing.assert_close(error, other_error, rtol=1e-6, atol=0.0)
 
 
 # A target in place of a tolerance

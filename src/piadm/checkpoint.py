@@ -25,7 +25,7 @@ from piadm.solver import State
 from piadm.speculative import Speculation
 from piadm.tuning import Guarded
 
-FORMAT, VERSION = "piadm checkpoint", 1
+FORMAT, VERSION = "piadm checkpoint", 2
 SAMPLE_AXIS = {
     "start": 0,
     "stop": 0,
@@ -223,9 +223,9 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     tensors["alive"] = checkpoint.alive
     tensors |= {f"audit.{name}": getattr(checkpoint.audit, name) for name in ("nats", "drift", "steps")}
     if checkpoint.residuals:
-        tensors["residuals"] = torch.cat(checkpoint.residuals)
+        tensors["residuals"] = torch.cat([residual.cpu() for residual in checkpoint.residuals])
     if checkpoint.failures:
-        tensors["failures"] = torch.stack([failure.x for failure in checkpoint.failures])
+        tensors["failures"] = torch.stack([failure.x.cpu() for failure in checkpoint.failures])
     header = {
         "format": FORMAT,
         "version": VERSION,

@@ -43,7 +43,7 @@ def rounds(run: Checkpoint, solver: Solver, network: Network, max_rounds: int | 
         return solver if complete else replace(solver, noise=Subset(whole, run.alive))  # type: ignore[arg-type]
 
     current, clock = of_the_living(), run.clock()
-    while not run.state.done and run.state.rounds != max_rounds:
+    while not run.state.done and (max_rounds is None or run.state.rounds < max_rounds):
         request = current.request(run.state)
         f = network(replace(request, sample=run.alive[request.sample]))
         try:
@@ -117,7 +117,7 @@ class Keeper:
             try:
                 save(whole, self._path)
                 where += f" and '{os.fspath(self._path)}'"
-            except OSError as failed:  # the disk may be what broke: the first error is the one to be heard
+            except Exception as failed:  # the disk may be what broke: the first error is the one to be heard
                 warnings.warn(f"the checkpoint could not be written: {failed}", stacklevel=2)
         error.checkpoint = whole  # type: ignore[attr-defined]
         if whole.state.rounds > 0 and hasattr(error, "add_note"):

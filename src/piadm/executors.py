@@ -3,13 +3,14 @@ r"""Executors: how a round's rows reach the network. An executor is a wrapper th
 | executor | a round's rows go |
 |---|---|
 | `MicroBatch(denoiser, size)` | to the network in slices, smaller ones when memory runs out |
+| `piadm.FixedBatch(denoiser, size)` | to the network in slices that are all of one size |
 | `piadm.Sharded(denoiser)` | to all processes of a `torch.distributed` group, each of which takes a share |
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,12 +71,14 @@ class MicroBatch(Executor):
 
 def in_slices(denoiser: DenoiserLike) -> DenoiserLike:
     """A denoiser that survives running out of memory; one with an executor in it already does, or has its own way."""
-    inner: object = denoiser
-    while isinstance(inner, Wrapper):
-        if isinstance(inner, Executor):
-            return denoiser
-        inner = inner.denoiser
-    return MicroBatch(denoiser)
+    return denoiser if any(isinstance(layer, Executor) for layer in layers(denoiser)) else MicroBatch(denoiser)
+
+
+def layers(denoiser: object) -> Iterator[object]:
+    """A denoiser, the one it wraps, and so on."""
+    yield denoiser
+    if isinstance(denoiser, Wrapper):
+        yield from layers(denoiser.denoiser)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from piadm.errors import require
 from piadm.tables import Table
 
-COPIES = 20
+COPIES = 24
 """Most numbers that live at once in a round of the solver, for each number of a window's states."""
 
 WORKSPACE = 1.5

@@ -35,7 +35,8 @@ class Probed(Wrapper):
         scheme: The steps to come: it is asked at the one of them where $α/σ$ is nearest to 0.2.
         shape: `(batch, *event)`.
         generator: Source of the probes; by default a seed of its own.
-        probes: How many $ε$; the variance is off by about $\sqrt{2 / (\text{probes} · D)}$ for $D$ numbers a sample.
+        probes: How many $ε$, by default 8 or one for each of the batch; the variance is off by about
+            $\sqrt{2 / (\text{probes} · D)}$ for $D$ numbers a sample.
         condition: Passed to the network; the probes are shared out among the batch's entries, and so are mean and variance.
 
     Raises:
@@ -51,12 +52,13 @@ class Probed(Wrapper):
         shape: Sequence[int],
         *,
         generator: GeneratorLike = None,
-        probes: int = 8,
+        probes: int | None = None,
         **condition: Any,
     ) -> None:
         super().__init__(denoiser)
-        require_count("probes", probes, "probes=8")
         shape = read_shape(shape, denoiser.event_shape)
+        probes = max(8, shape[0]) if probes is None else probes
+        require_count("probes", probes, "probes=8")
         check_condition(condition, shape[0])
         home, dtype = read_home(denoiser, generator, None)
         source = read_generators(generator)[0] or torch.Generator(home).manual_seed(0)
@@ -76,13 +78,16 @@ class Probed(Wrapper):
             raise NonFiniteError(step, 1, bad, torch.full((2 * probes,), step), torch.cat([probe, -probe]))
         plus, minus = f.chunk(2)
         gain = float(((plus - minus) * probe).sum() / (2 * probe.square().sum()))
-        # an exact denoiser's gain lies between 0 and 1/α
-        shrink = min(max(gain * alpha, 0.0), 1 - 1e-3)
+        # an exact denoiser's gain lies between 0 and 1/α; a network's error may hide it, and then its variance stays as given
+        shrink = gain * alpha
+        seen = 0 < shrink < 1
+        shrink = shrink if seen else 0.0
         self.mean: Tensor = ((plus + minus).mean(0) / 2) / (1 - shrink)
-        self.variance: float = max(shrink / (1 - shrink) * (sigma / alpha) ** 2, 1e-6) if alpha > 0 else 1.0
+        if seen:
+            self.variance: float | Tensor = shrink / (1 - shrink) * (sigma / alpha) ** 2
 
     def __repr__(self) -> str:
-        return f"Probed({self.denoiser!r}, mean={float(self.mean.mean()):.3g} on average, variance={self.variance:.3g})"
+        return f"Probed({self.denoiser!r}, mean={float(self.mean.mean()):.3g} on average, variance={self.variance})"
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         return self.denoiser(x, t, **condition)

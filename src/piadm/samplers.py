@@ -21,9 +21,10 @@ from piadm.checkpoint import Audit, Checkpoint, load
 from piadm.denoiser import DenoiserLike, check_condition, check_denoiser, spread
 from piadm.driver import Keeper, Place, rounds
 from piadm.errors import NonFiniteError, require, require_count, require_positive
-from piadm.executors import MicroBatch, in_slices
+from piadm.executors import MicroBatch, in_slices, layers
 from piadm.fills import Fill, Jump
 from piadm.fingerprint import fingerprint
+from piadm.fixed import FixedBatch
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
 from piadm.memory import divide, lane_bytes, limit, row_bytes
 from piadm.noise import GeneratorLike, Noise
@@ -32,11 +33,11 @@ from piadm.propagators import Propagator, Secant
 from piadm.repeatable import ask_again
 from piadm.result import Result
 from piadm.schemes import Scheme
-from piadm.sharded import sharding
+from piadm.sharded import Sharded, sharding
 from piadm.solver import Request, Solver, State
 from piadm.tables import Table
 from piadm.tuning import Guarded, Tuner, sizes, timing
-from piadm.windows import Sliding, Window
+from piadm.windows import Sliding, Window, width
 
 Callback = Callable[[int, tuple[int, int], Tensor], None]
 
@@ -258,10 +259,10 @@ class Parallel(_Sampler):
             in advance; elsewhere its defects are the stopping rule's estimates, at no cost. Never changes the samples.
         max_memory: Bytes that a run may take besides the network's weights, or a fraction of the device's memory (`0.5`).
             Rounds are cut into calls that fit, by the measured cost of a row, and so is the window `"auto"`; one that was
-            given and does not fit is refused. See `piadm.memory`.
+            given and does not fit is refused. A few rows are evaluated in each run to see. See `piadm.memory`.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before any network call (`max_memory`: after three rows).
+        ValueError, TypeError: for arguments that do not fit, before any network call (`max_memory`: after a few rows).
         NonFiniteError: if the network returns NaN or infinity for some samples, once the others are complete; these and the
             finished steps are on the exception. It does so only where the sequential run would break too.
     """
@@ -294,6 +295,14 @@ class Parallel(_Sampler):
         self.window: Window = Sliding(window) if window is None or isinstance(window, int) else window
         if max_memory is not None:
             limit(max_memory, torch.device("cpu"))
+        if max_memory is not None or self._tuner is not None:
+            asked = "window" if max_memory is None else "max_memory"
+            given = "auto" if max_memory is None else max_memory
+            hides = next((layer for layer in layers(denoiser) if isinstance(layer, FixedBatch | Sharded)), None)
+            remedy = (
+                f"is measured by calls of some rows, which {type(hides).__name__} makes others of: give a window and MicroBatch"
+            )
+            require(hides is None, asked, given, remedy)
         self.max_memory = max_memory
         self.tolerance, self.max_rounds = tolerance, max_rounds
         wanted = {"propagator": ("check", "jacobian"), "window": ("check", "advance"), "fill": ("model",)}
@@ -387,12 +396,12 @@ class Parallel(_Sampler):
         Raises:
             ValueError: for a file that is truncated or no checkpoint, and for a checkpoint of another run; it says why.
         """
-        if self._tuner is not None:
+        if self._tuner is not None or self.max_memory is not None:
             known = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
-            sampler: Sequential | Parallel = Sequential(self.denoiser, self.scheme)
-            if known.measured is not None:
-                sampler = copy.copy(self)
-                sampler._tuner, sampler.window = None, known.measured
+            home = self.denoiser.device or torch.device(known.device)
+            network = _Network(self._executor, known.shape[1:], known.shape[0], condition)
+            _, most = self._room(_Trial(self.table, network, home, known.state.x.dtype))
+            sampler = self._cut(self.window if self._tuner is None else known.measured, most)
             how: dict[str, Any] = {"callback": callback, "progress": progress, "checkpoint_seconds": checkpoint_seconds}
             return sampler.resume(checkpoint, **how, **condition)
         run, source = self._reopen(checkpoint, condition)
@@ -458,34 +467,46 @@ class Parallel(_Sampler):
         """A run in the window, and in calls, that fit in memory, and of those the fastest if that is asked for."""
         shape, home, dtype = self._read(shape, generator, noise, condition)
         samples, steps = shape[0], len(self.table)
-        trial = _Trial(self.table, _Network(self.denoiser, shape[1:], samples, condition), home, dtype)
-        largest = min(getattr(self.window, "size", None) or steps, steps)
-        most = None
-        if self.max_memory is not None:
-            room, lane = limit(self.max_memory, home), lane_bytes(self.table, trial.start)
-            fitting, most = divide(room, row_bytes(trial, home), lane, largest)
-            fits = self._tuner is not None or fitting == largest
-            right = f"give at most {fitting}, or max_memory of about {2 * largest * lane} bytes"
-            require(fits, "window", largest, f"does not fit in max_memory={self.max_memory}: {right}")
-            largest = fitting
-        chosen = copy.copy(self)
-        chosen._tuner = chosen.max_memory = None
-        choice = None
+        trial = _Trial(self.table, _Network(self._executor, shape[1:], samples, condition), home, dtype)
+        largest, most = self._room(trial)
+        choice, window = None, self.window
         if self._tuner is not None:
-            key = (shape, most, dtype, home, torch.get_num_threads(), *sorted(condition))
-            measured = timing(self.denoiser, key, trial, sizes(samples, steps, most), steps)
+            tried = sizes(samples, steps, most)
+            key = (shape, tuple(tried), dtype, home, torch.get_num_threads(), *sorted(condition))
+            measured = timing(self.denoiser, key, trial, tried, steps)
             choice = self._tuner.choose(measured, steps, samples, largest, most)
             most = choice.rows
-            price = measured.at(choice.window * samples, most) / measured.at(samples, most)
-            chosen.window = Guarded(choice.window, price)
-        if most is not None and most < samples * largest:
-            chosen.denoiser = chosen._executor = MicroBatch(self.denoiser, most)
-        sampler = chosen if choice is None or choice.window > 1 else Sequential(chosen.denoiser, self.scheme)
+            window = Guarded(choice.window, measured.at(choice.window * samples, most) / measured.at(samples, most))
+        one_by_one = choice is not None and choice.window == 1 and self.max_rounds is None
+        sampler = self._cut(None if one_by_one else window, most)
         result = sampler(shape, generator=generator, noise=noise, **rest, **condition)
         self._repeatable = self._repeatable or sampler._repeatable
         if self._tuner is not None and choice is not None and choice.window > 1 and result.converged:
             self._tuner.learn(steps, choice.window, result.rounds, result.seconds - result.network_seconds)
         return replace(result, choice=choice)
+
+    def _room(self, trial: _Trial) -> tuple[int, int | None]:
+        """The largest window, and the most rows in a call (`None`: any number), that fit in memory."""
+        widest = width(self.window, self.table)
+        if self.max_memory is None:
+            return widest, None
+        home = trial.start.device
+        room, lane = limit(self.max_memory, home), lane_bytes(self.table, trial.start)
+        fitting, most = divide(room, row_bytes(trial, home), lane, widest)
+        fits = self._tuner is not None or fitting == widest
+        right = f"give at most {fitting}, or max_memory of about {2 * widest * lane} bytes"
+        require(fits, "window", widest, f"does not fit in max_memory={self.max_memory}: {right}")
+        return fitting, most
+
+    def _cut(self, window: Window | None, rows: int | None) -> Parallel | Sequential:
+        """This sampler with a window that is known (`None`: one step after the other), and so many rows in a call."""
+        executor = self._executor if rows is None else MicroBatch(self.denoiser, rows)
+        if window is None:
+            return Sequential(executor, self.scheme)
+        chosen = copy.copy(self)
+        chosen._tuner = chosen.max_memory = None
+        chosen.window, chosen._executor = window, executor
+        return chosen
 
     def _solver(self, noise: Noise) -> Solver:
         policies = self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance

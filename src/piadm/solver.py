@@ -5,7 +5,8 @@ state. Whoever drives it (a sampler, a pipeline, a distributed run, a notebook c
 
     state = solver.init(x)
     while not state.done:
-        state = solver.update(state, denoise(*solver.request(state)))
+        request = solver.request(state)
+        state = solver.update(state, denoise(request.x, request.t))
 
 A round evaluates $f$ at all states of the window, forms $Φ_m(x_m)$, and carries the defects forward with the propagator's $J$.
 
@@ -61,7 +62,7 @@ class State:
         error: What the accepted steps are estimated to cost the final sample, in rms per coordinate, shape `(S,)`.
         nats: What they add to the divergence, $\sum_m ‖δ_m‖^2 / (2 C_m^2)$, shape `(S,)`; see `piadm.certificate`.
         drift: The part of `error` that the certificate's divergence leaves out, shape `(S,)`.
-        variance: The data's along the last changes, for the stopping rule, shape `(S,)`.
+        variance: The data's along the changes of the window's last step, for the stopping rule, shape `(S,)`.
         residual: rms of the last round's defects by step of `window`, NaN outside a sample's own, shape `(stop - start, S)`.
         window: The `(start, stop)` over all samples which that round iterated.
         rounds: Rounds so far.
@@ -222,7 +223,9 @@ class Solver:
             phi = torch.where(kept[:, None, :, None], x[1:], phi)
         jacobian = self.propagator.jacobian(rows, pair)
         new = sweep(phi, jacobian, x)
-        variance = state.variance if pair is None else apparent_variance(rows, pair, state.variance)
+        variance = state.variance[None]
+        if pair is not None:
+            variance = apparent_variance(rows, pair, state.variance, total_variance(self.variance, x.shape[-1]))
         if kept is not None:
             carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0), 1.0, 1.0)
             accepted = kept.long().sum(0).cpu() + 1
@@ -241,7 +244,7 @@ class Solver:
             seen=inside,
             x_seen=x[:-1],
             f_seen=f,
-            variance=variance,
+            variance=variance[-1],
             residual=residual,
             window=(low, high),
             rounds=state.rounds + 1,

@@ -8,8 +8,9 @@ $$ ‖δ_m‖ ≈ ρ_m ‖d_m‖, \qquad ρ_m = ‖ΔΦ_m - J_m Δx_m‖ / ‖Δ
 and a step evaluated once takes $ρ_m = ‖J_m - G_m‖ + ‖G_m - A_m‖$, which holds a Gaussian model $G$ of the step to be wrong
 by as much as the network contributes. A $D$-th of that is added where a step was evaluated twice, too: of the $D$ numbers of
 its pair a secant fits one whatever the network is. The model's variance is the one that explains $‖Δf‖ / ‖Δx‖$ at the last step
-evaluated twice: the changes lie where the data varies most, so it is far above the mean variance of correlated data such as
-images. Before there is such a step it is the greatest possible, the trace of the data's covariance.
+evaluated twice, none later than the step it judges: the changes lie where the data varies most, so it is far above the mean
+variance of correlated data such as images. Before there is such a step it is the greatest possible, the trace of the data's
+covariance.
 
 A defect is carried to the final sample in proportion to the spread of the states,
 $w_m = \sqrt{α_M^2 v + σ_M^2} / \sqrt{α_{m+1}^2 v + σ_{m+1}^2}$, as the probability flow of Gaussian data carries it. (Ancestral
@@ -60,19 +61,24 @@ def _believable(variance: float | Tensor) -> Tensor:
     return v if bool((v > 0).any()) else torch.ones_like(v)
 
 
-def apparent_variance(rows: Rows, pair: Pair, otherwise: Tensor) -> Tensor:
-    r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ at each sample's last step evaluated twice, shape `(S,)`.
+def apparent_variance(rows: Rows, pair: Pair, past: Tensor, total: float) -> Tensor:
+    r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ at the last step evaluated twice up to each, shape `(W, S)`.
 
-    Samples that have no such step keep the value they had.
+    Up to each, so that no step is judged by noise drawn after it, which the certificate forbids.
+
+    Arguments:
+        rows: The window's rows.
+        pair: The last two evaluations.
+        past: The value at the last step of the round before, shape `(S,)`: for steps that the window had not reached then.
+        total: The trace of the data's covariance: for steps that it had, where two evaluations at one state tell nothing.
     """
     alpha, sigma = rows.alpha[..., 0], rows.sigma[..., 0]
     gain = torch.linalg.vector_norm(pair.df, dim=-1) / pair.divisor
     # a gain of 1/α or more is that of a boundless variance
     variance = gain * sigma.square() / (alpha * (1 - alpha * gain).clamp(min=1e-3))
     lane = torch.arange(1, len(gain) + 1, device=gain.device)[:, None]
-    last = (pair.known * lane).argmax(0, keepdim=True)
-    usable = (pair.known & variance.isfinite() & (variance > 0)).gather(0, last)[0]
-    return torch.where(usable, variance.gather(0, last)[0], otherwise)
+    last = (pair.known & variance.isfinite() & (variance > 0)).mul(lane).cummax(0).values
+    return torch.where(last > 0, variance.gather(0, (last - 1).clamp(min=0)), torch.where(pair.seen, total, past))
 
 
 def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, step: Tensor) -> Tensor:
@@ -81,11 +87,11 @@ def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, st
     Arguments:
         rows: The window's rows.
         jacobian: $J_m$, shape `(W, k, k, S|1, D|1)`.
-        variance: That of the Gaussian model, per sample, shape `(S,)`.
+        variance: That of the Gaussian model, shape `(W, S)` or `(1, S)`.
         pair: The last two evaluations.
         step: The change $Δx_m$ between them, shape `(W, k, S, D)`.
     """
-    gaussian = rows.jacobian(rows.gaussian_gain(variance[None, :, None]))
+    gaussian = rows.jacobian(rows.gaussian_gain(variance[..., None]))
     unseen = (_norm(jacobian - gaussian) + _norm(gaussian - rows.A)).expand(len(step), step.shape[2])
     if pair is None:
         return unseen

@@ -102,7 +102,8 @@ def _measure(call: Callable[[int], object], sizes: Sequence[int], steps: int) ->
             started = time.perf_counter()
             call(size)
             runs.append(time.perf_counter() - started)
-            if runs[0] > 0.2:
+            # a call far slower than its rows explain may have been compiling for them
+            if runs[0] > 0.2 and (not rows or runs[0] < 1.5 * seconds[-1] * size / rows[-1]):
                 break
         rows.append(size)
         seconds.append(min(runs))
@@ -187,8 +188,9 @@ class Guarded(Sliding):
 
 def sizes(samples: int, steps: int, most: int | None) -> list[int]:
     """Rows to time: the batch, and twice as many as often as the run and the memory allow."""
-    top = samples * steps if most is None else min(samples * steps, max(most, samples))
-    return [samples, *_powers(2 * samples, top)]
+    first = samples if most is None else min(samples, most)
+    top = samples * steps if most is None else max(first, min(samples * steps, most))
+    return [first, *_powers(2 * first, top)] if top > first else [first]
 
 
 def _powers(first: int, last: int) -> list[int]:

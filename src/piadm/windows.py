@@ -32,6 +32,17 @@ class Window(Protocol):
         """First step to iterate and one past the last, each of shape `(S,)`."""
 
 
+def width(window: Window, table: Table) -> int:
+    """The most steps that a window iterates at once."""
+    ready, widest = torch.zeros(1, dtype=torch.long), 0
+    for rounds in range(2 * len(table)):
+        start, stop = window.advance(table, rounds, ready)
+        widest = max(widest, int((stop - start).max()))
+        if widest == len(table) or int(start.min()) == len(table):
+            break
+    return widest
+
+
 @dataclass(frozen=True)
 class Sliding:
     """The next `size` steps; each sample slides on its own. `size=None` iterates all remaining steps."""

@@ -25,7 +25,7 @@ from piadm.executors import MicroBatch, in_slices
 from piadm.fills import Fill, Jump
 from piadm.fingerprint import fingerprint
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
-from piadm.memory import divide, lane_bytes, limit, row_bytes
+from piadm.memory import divide, lane_bytes, limit, require_fit, row_bytes
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
 from piadm.propagators import Propagator, Secant
@@ -463,10 +463,10 @@ class Parallel(_Sampler):
         most = None
         if self.max_memory is not None:
             room, lane = limit(self.max_memory, home), lane_bytes(self.table, trial.start)
-            fitting, most = divide(room, row_bytes(trial, home), lane, largest)
-            fits = self._tuner is not None or fitting == largest
-            right = f"give at most {fitting}, or max_memory of about {2 * largest * lane} bytes"
-            require(fits, "window", largest, f"does not fit in max_memory={self.max_memory}: {right}")
+            row = row_bytes(trial, home)
+            fitting, most = divide(room, row, lane, largest)
+            if self._tuner is None:
+                require_fit(largest, fitting, row, lane, self.max_memory)
             largest = fitting
         chosen = copy.copy(self)
         chosen._tuner = chosen.max_memory = None

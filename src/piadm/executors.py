@@ -10,14 +10,16 @@ r"""Executors: how a round's rows reach the network. An executor is a wrapper th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from piadm.denoiser import DenoiserLike, Wrapper, each_tensor
 from piadm.errors import require_count
+
+Part = TypeVar("Part")
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """What CUDA's, MPS's and the CPU's allocators say; the last two, and CUDA before torch 2.5, in a plain `RuntimeError`."""
@@ -48,25 +50,40 @@ class MicroBatch(Executor):
         return f"MicroBatch({self.denoiser!r}, size={self.size})"
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        rows, parts, first, before = len(x), [], 0, self.size
-        while first < rows:
-            part = slice(first, rows if self.size is None else min(first + self.size, rows))
-            try:
-                whole = part == slice(0, rows)
-                parts.append(self.denoiser(x[part], t[part], **(condition if whole else cut(condition, part, rows))))
-                first = part.stop
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if part.stop - first == 1 or not _out_of_memory(error):
-                    raise
-            # out here the traceback, which holds the network's intermediate results, is gone
-            self.size = (part.stop - first + 1) // 2
-            if x.is_cuda:
-                torch.cuda.empty_cache()
+        rows, before = len(x), self.size
+
+        def call(part: slice) -> Tensor:
+            whole = part == slice(0, rows)
+            return self.denoiser(x[part], t[part], **(condition if whole else cut(condition, part, rows)))
+
+        parts, self.size = sliced(rows, self.size, call)
         if self.size != before:
             told = f"the network ran out of memory: from now on it is called with at most {self.size} rows"
             warnings.warn(f"{told}; piadm.MicroBatch(denoiser, size={self.size}) says so from the start", stacklevel=2)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def sliced(rows: int, size: int | None, call: Callable[[slice], Part]) -> tuple[list[Part], int | None]:
+    """What `call` says of `rows` rows, in slices of at most `size`, halved where memory runs out; and the size found.
+
+    A single row that finds no memory raises what the allocator raised, and so does all else that goes wrong.
+    """
+    parts: list[Part] = []
+    first = 0
+    while first < rows:
+        part = slice(first, rows if size is None else min(first + size, rows))
+        try:
+            parts.append(call(part))
+            first = part.stop
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if part.stop - first == 1 or not _out_of_memory(error):
+                raise
+        # out here the traceback, which holds the network's intermediate results, is gone
+        size = (part.stop - first + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return parts, size
 
 
 def in_slices(denoiser: DenoiserLike) -> DenoiserLike:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from piadm.errors import require
 from piadm.tables import Table
 
-COPIES = 24
+COPIES = 23
 """Most numbers that live at once in a round of the solver, for each number of a window's states."""
 
 WORKSPACE = 1.5
@@ -106,12 +106,19 @@ def lane_bytes(table: Table, x: Tensor) -> int:
 def divide(room: int, row: int, lane: int, lanes: int) -> tuple[int, int]:
     """The largest window, of at most `lanes` steps, and the most rows in a call that fit in `room` bytes together.
 
-    A window takes half the room at most, for what it leaves is the network's.
+    A window takes half the room at most, and leaves room for a row: what it leaves is the network's.
 
     Raises:
         ValueError: if one step and one row do not fit.
     """
     least = lane + row
-    require(room >= least, "max_memory", room, f"one step and one network row take about {least} bytes: give at least that")
-    lanes = min(lanes, max(1, room // 2 // lane))
-    return lanes, max(1, (room - lanes * lane) // row)
+    cost = f"one step and the smallest network call take about {least} bytes"
+    require(room >= least, "max_memory", room, f"{cost}: give at least that")
+    lanes = min(lanes, max(1, min(room // 2, room - row) // lane))
+    return lanes, (room - lanes * lane) // row
+
+
+def require_fit(window: int, fitting: int, row: int, lane: int, max_memory: float) -> None:
+    """Refuses a window that the user gave and of which only `fitting` steps fit; `row` and `lane` as in `divide`."""
+    right = f"give at most {fitting}, or max_memory of about {window * lane + max(window * lane, row)} bytes"
+    require(fitting >= window, "window", window, f"does not fit in max_memory={max_memory}: {right}")

@@ -26,7 +26,7 @@ from piadm.fills import Fill, Jump
 from piadm.fingerprint import fingerprint
 from piadm.fixed import FixedBatch
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
-from piadm.memory import divide, lane_bytes, limit, row_bytes
+from piadm.memory import divide, lane_bytes, limit, require_fit, row_bytes
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
 from piadm.propagators import Propagator, Secant
@@ -491,11 +491,10 @@ class Parallel(_Sampler):
         if self.max_memory is None:
             return widest, None
         home = trial.start.device
-        room, lane = limit(self.max_memory, home), lane_bytes(self.table, trial.start)
-        fitting, most = divide(room, row_bytes(trial, home), lane, widest)
-        fits = self._tuner is not None or fitting == widest
-        right = f"give at most {fitting}, or max_memory of about {2 * widest * lane} bytes"
-        require(fits, "window", widest, f"does not fit in max_memory={self.max_memory}: {right}")
+        room, lane, row = limit(self.max_memory, home), lane_bytes(self.table, trial.start), row_bytes(trial, home)
+        fitting, most = divide(room, row, lane, widest)
+        if self._tuner is None:
+            require_fit(widest, fitting, row, lane, self.max_memory)
         return fitting, most
 
     def _cut(self, window: Window | None, rows: int | None) -> Parallel | Sequential:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from piadm.diffusers.probe import UnsupportedError
+from piadm.diffusers.slices import Answer, Slices
 
 Values = list[tuple[Tensor, bool]]
 """Tensors with their lanes first, and whether they have any."""
@@ -89,10 +90,11 @@ class Network:
     Arguments:
         forward: The module's own forward.
         name: Its name in the pipeline, for errors.
+        slices: How many lanes it is called with at once.
     """
 
-    def __init__(self, forward: Callable[..., Any], name: str) -> None:
-        self.forward, self.name = forward, name
+    def __init__(self, forward: Callable[..., Any], name: str, slices: Slices) -> None:
+        self.forward, self.name, self.slices = forward, name, slices
 
     def __call__(self, lanes: Lanes, live: int, check: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
         """Output as the pipeline expects it, and whether the arguments had lanes.
@@ -142,18 +144,24 @@ class Network:
     ) -> tuple[list[Tensor], list[Any], Any]:
         """The network on `rows × live` rows: its tensors with lanes first, its output's leaves and their structure."""
         rows = self._count(values)
-        flat = list(leaves)
-        for place, (value, has) in zip(places, values, strict=True):
-            flat[place] = self._spread(value, has, rows, live)
-        args, kwargs = pytree.tree_unflatten(flat, tree)
-        out, out_tree = pytree.tree_flatten(self.forward(*args, **kwargs))
-        for leaf in out:
-            if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != rows * live):
-                raise UnsupportedError(
-                    f"`{self.name}` returned a tensor of shape {tuple(leaf.shape)} for {rows * live} rows: its output does not "
-                    "run along the batch, so the steps of a window cannot be evaluated in one batch"
-                )
-        tensors = [leaf.reshape(rows, live, *leaf.shape[1:]).transpose(0, 1) for leaf in out if isinstance(leaf, Tensor)]
+
+        def call(part: slice) -> Answer:
+            flat, count = list(leaves), part.stop - part.start
+            for place, (value, has) in zip(places, values, strict=True):
+                flat[place] = self._spread(value[part] if has else value, has, rows, count)
+            args, kwargs = pytree.tree_unflatten(flat, tree)
+            out, out_tree = pytree.tree_flatten(self.forward(*args, **kwargs))
+            for leaf in out:
+                if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != rows * count):
+                    raise UnsupportedError(
+                        f"`{self.name}` returned a tensor of shape {tuple(leaf.shape)} for {rows * count} rows: its output "
+                        "does not run along the batch, so the steps of a window cannot be evaluated in one batch"
+                    )
+            tensors = [leaf.reshape(rows, count, *leaf.shape[1:]).transpose(0, 1) for leaf in out if isinstance(leaf, Tensor)]
+            return tensors, out, out_tree
+
+        key = tuple((tuple(value.shape[has:]), has, value.dtype, value.device) for value, has in values)
+        tensors, out, out_tree = self.slices(self.name, key, live, call)
         if check:
             single = list(leaves)
             for place, (value, has) in zip(places, values, strict=True):
@@ -169,12 +177,11 @@ class Network:
         plain = [value.shape[0] for value, has in values if not has and value.ndim >= 2]
         return next(iter(hidden + plain), 1)
 
-    def _spread(self, value: Tensor, hidden: bool, rows: int, live: int) -> Tensor:
-        """An argument for `rows × live` rows."""
+    def _spread(self, value: Tensor, hidden: bool, rows: int, lanes: int) -> Tensor:
+        """An argument for `rows × lanes` rows."""
         if not hidden:
             along = value.ndim >= 1 and value.shape[0] == rows
-            return value.repeat_interleave(live, 0) if along else value
-        value = value[:live]
+            return value.repeat_interleave(lanes, 0) if along else value
         if value.ndim == 1:  # a timestep without a batch dimension
             return value.repeat(rows)
         if value.shape[1] not in (1, rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -21,7 +21,9 @@ from piadm.diffusers.probe import Probe, UnsupportedError, check_scheduler, prob
 from piadm.diffusers.progress import Bar
 from piadm.diffusers.run import Run, Settings
 from piadm.diffusers.scheduler import in_lanes, recorded
-from piadm.errors import require_count, require_positive
+from piadm.diffusers.slices import Slices
+from piadm.errors import require, require_count, require_positive
+from piadm.memory import limit
 from piadm.result import Result
 
 
@@ -33,6 +35,7 @@ def parallelize(
     mean: float | Tensor = 0.0,
     variance: float | Tensor = 1.0,
     exact: bool = False,
+    max_memory: float | None = None,
 ) -> Parallelized:
     r"""A diffusers pipeline that samples in parallel across time, called as the pipeline itself is.
 
@@ -51,6 +54,11 @@ def parallelize(
         exact: Whether samples are to have exactly the law of the sequential run, as `piadm.Exact` does it, in place of being
             within `tolerance` of its sample: for schedulers that draw noise, one sample a call. Schedulers that remember
             earlier outputs gain nothing from it: a step is tested only if its noise reaches all of its state.
+        max_memory: Bytes that a call's rounds may take besides the networks' weights, or a fraction of the device's memory
+            (`0.5`). Networks are called for as many steps of the window at once as fit, by their measured cost (of four steps,
+            once for each shape), and the first step is taken alone; a window whose states do not fit is refused. See
+            `piadm.memory`. With or without it, a network that runs out of memory is called for half as many steps from then
+            on, which is said in a warning. Text encoders, decoding and a window of 1 take what they take.
 
     Raises:
         UnsupportedError: (a `ValueError`) for a pipeline or scheduler that cannot be run in parallel, with the reason, before
@@ -58,11 +66,16 @@ def parallelize(
         ValueError, TypeError: for arguments that do not fit.
         NonFiniteError: from a call, if the network returns NaN or infinity.
     """
+    require(
+        not isinstance(window, str), "window", window, "pipelines are not timed: give a number of steps, for example window=32"
+    )
     if window is not None:
         require_count("window", window, "window=32")
     require_positive("tolerance", tolerance, "tolerance=1e-2")
     require_moments(mean, variance)
-    return Parallelized(pipe, Settings(window, tolerance, mean, variance, 2.0 if exact else None))
+    if max_memory is not None:
+        limit(max_memory, torch.device("cpu"))
+    return Parallelized(pipe, Settings(window, tolerance, mean, variance, 2.0 if exact else None, max_memory))
 
 
 class Parallelized:
@@ -87,6 +100,8 @@ class Parallelized:
         self.pipe, self.settings, self.last_result = pipe, settings, None
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
+        self._costs: dict[Hashable, int] = {}
+        self._found: dict[str, int] = {}
         self._probe_early()
 
     def __repr__(self) -> str:
@@ -126,7 +141,8 @@ class Parallelized:
         takes = inspect.signature(pipe.scheduler.step).parameters
         expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
         generator = named.get("generator")
-        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, generator, self._once, expected)
+        slices = Slices(self.settings.max_memory, self._costs, self._found)
+        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, generator, self._once, expected, slices)
         width = self._width(bound)
         held: list[Any] = []
 
@@ -259,7 +275,7 @@ def _installed(pipe: Any, run: Run) -> Iterator[None]:
 
 
 def _in_lanes(run: Run, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
-    network = Network(forward, name)
+    network = Network(forward, name, run.slices)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return run.call(network, args, kwargs)

@@ -15,6 +15,7 @@ from piadm.certificate import EXACT, Certificate
 from piadm.diffusers.lanes import Lanes, Network, Values
 from piadm.diffusers.probe import Probe, UnsupportedError, clipped, probe
 from piadm.diffusers.scheduler import SchedulerNoise, out_of_lanes
+from piadm.diffusers.slices import Slices
 from piadm.errors import NonFiniteError
 from piadm.fills import Jump
 from piadm.noise import GeneratorLike, read_generators
@@ -34,6 +35,7 @@ class Settings:
     mean: float | Tensor
     variance: float | Tensor
     threshold: float | None
+    max_memory: float | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Run:
     Every iteration is a round of the solver on a window of steps. In the first one the pipeline holds the starting state and
     nothing else. Where the scheduler draws no noise, this one state serves all steps of the first window, stretched to their
     levels if the pipeline asks its scheduler to scale it: were the data Gaussian, that would be their state. Where it draws
-    noise, or a pipeline reads its timesteps more than once, the first iteration is an ordinary one of a single step.
+    noise, a pipeline reads its timesteps more than once, or the window must fit in memory, of which only the starting state
+    tells, the first iteration is an ordinary one of a single step.
 
     Arguments:
         settings: Window, tolerance and the data's moments.
@@ -74,6 +77,7 @@ class Run:
         tables: Tables probed in earlier calls.
         checked: Names of networks whose lanes were compared with a single evaluation in earlier calls.
         generator: What the pipeline was called with.
+        slices: How networks are called.
     """
 
     def __init__(
@@ -85,12 +89,14 @@ class Run:
         generator: GeneratorLike,
         once: bool,
         expected: dict[str, Any],
+        slices: Slices,
     ) -> None:
-        self.once, self.expected = once, expected
+        self.once, self.expected, self.slices = once, expected, slices
         self.settings, self.base, self.tables, self.checked = settings, type(scheduler), tables, checked
         self.generators = [one for one in read_generators(generator) if one is not None]
         self.lanes: Lanes | None = None
         self.scheduler: Any = None  # the one in lanes, set by who installs it
+        self.plain: Any = None  # a plain one, once the loop has begun
         self.interrupted: Callable[[], bool] = lambda: False
         self.finished: Callable[[int, int], None] = lambda steps, total: None
         self.state: State | None = None
@@ -225,7 +231,10 @@ class Run:
         if lanes is None:
             return network.forward(*args, **kwargs)
         if not self.looping:
-            return lanes.plainly(lambda: network.forward(*args, **kwargs))
+            out = lanes.plainly(lambda: network.forward(*args, **kwargs))
+            if self.plain is not None and self.state is None:
+                self.slices.answered(out)
+            return out
         started = time.perf_counter()
         key = (network.name, len(args), *sorted(kwargs))
         out, hidden = network(lanes, self._live, key not in self.checked, args, kwargs)
@@ -251,6 +260,7 @@ class Run:
         self.solver = self._solver(noise, len(sample))
         self.rows = self.probe.table.cast(sample.device, dtype)
         x = sample.to(dtype).reshape(len(sample), -1)
+        self.slices.open(self.probe.table, x, self._lanes.width)
         self.state = self.solver.init(x)
         if self.first > 1:
             stretch = self._stretch() if self.stretched else torch.ones(self.first)
@@ -275,7 +285,7 @@ class Run:
 
     def _first_round(self) -> int:
         """Steps of the first round."""
-        if not self.once or self.settings.threshold is not None:
+        if not self.once or self.settings.threshold is not None or self.settings.max_memory is not None:
             return 1
         self.probe = self._table({name: value for name, value in self.expected.items() if value is not None})
         return 1 if self.probe.table.stochastic else min(self._lanes.width, len(self.probe.table))

@@ -1,0 +1,77 @@
+"""How many lanes a network of the pipeline is called with at once: as many as fit in `max_memory`, or in the device's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from piadm.executors import sliced
+from piadm.memory import divide, lane_bytes, limit, require_fit, row_bytes
+from piadm.tables import Table
+
+Answer = tuple[list[Tensor], list[Any], Any]
+"""A network's tensors with lanes first, all leaves of its output, and their structure."""
+
+LOOP = 3
+"""Of each number that a network answers with, how many more a pipeline's loop holds: 3.0 where StableDiffusion is guided."""
+
+
+class Slices:
+    """The slices of one run.
+
+    Arguments:
+        max_memory: See `parallelize`.
+        costs: Bytes that a network's call takes a lane, measured in earlier calls; added to.
+        found: By network, the most lanes for which memory lasted; added to.
+    """
+
+    def __init__(self, max_memory: float | None, costs: dict[Hashable, int], found: dict[str, int]) -> None:
+        self.max_memory, self.costs, self.found = max_memory, costs, found
+        self.window, self.lane, self.device = 1, 0, torch.device("cpu")
+
+    def answered(self, answer: Any) -> None:
+        """What a network says in the first step, which is taken alone: in a window there is one for each step."""
+        self.lane += LOOP * sum(leaf.nbytes for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
+
+    def open(self, table: Table, x: Tensor, window: int) -> None:
+        """A run of starting states `x`, shape `(S, D)`, begins."""
+        self.lane += lane_bytes(table, x)
+        self.window, self.device = min(window, len(table)), x.device
+
+    def __call__(self, name: str, key: Hashable, lanes: int, call: Callable[[slice], Answer]) -> Answer:
+        """What a network answers for so many lanes.
+
+        Arguments:
+            name: The network's name in the pipeline.
+            key: What its cost depends on.
+            lanes: How many.
+            call: Asks the network for some of them. It has two at least, of which idle ones are copies.
+
+        Raises:
+            ValueError: if the window does not fit in `max_memory`, or one lane does not.
+        """
+        known = [self.found[name]] if name in self.found else []
+        fits = [] if self.max_memory is None else [self._fit(self.max_memory, (name, key), call)]
+        size = min(known + fits, default=None)
+        parts, found = sliced(lanes, size, call)
+        if found is not None and found != size:
+            self.found[name] = found
+            told = f"`{name}` ran out of memory: from now on it is called for at most {found} steps of the window at once"
+            warnings.warn(f"{told}; give max_memory to have its calls cut from the start", stacklevel=2)
+        if len(parts) == 1:
+            return parts[0]
+        return [torch.cat(each) for each in zip(*(tensors for tensors, _, _ in parts), strict=True)], *parts[0][1:]
+
+    def _fit(self, max_memory: float, key: Hashable, call: Callable[[slice], Answer]) -> int:
+        """The most lanes in a call."""
+        if key not in self.costs:
+            self.costs[key] = row_bytes(lambda lanes: call(slice(0, lanes)), self.device)
+        row = self.costs[key]
+        fitting, most = divide(limit(max_memory, self.device), row, self.lane, self.window)
+        require_fit(self.window, fitting, row, self.lane, max_memory)
+        return most

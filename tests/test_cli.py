@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,17 @@ def test_an_interrupted_comparison_keeps_the_samples(tmp_path: Path, own: Path) 
     assert result.exit_code == 130
     assert load_file(output / "samples.safetensors")["samples"].isfinite().all()
     assert json.loads((output / "run.json").read_text())["sequential"] is None
+    assert not (output / "checkpoint.safetensors").exists()  # the sequential run's would be taken for the other's
+    assert "--resume" not in result.stderr
+
+
+def test_a_measured_window_is_in_the_table_and_in_the_record(tmp_path: Path) -> None:
+    text, record, _ = good(
+        tmp_path / "out", "--model", "digits", "--window", "auto", "--num-inference-steps", 30, "--num-samples", 1
+    )
+    choice = record["result"]["choice"]
+    assert choice.keys() == {"window", "rows", "seconds", "sequential_seconds"}
+    assert re.search(rf"window, as measured\D+{int(choice['window'])}\b", text)
 
 
 @pytest.mark.parametrize("sampler", ["parallel", "sequential"])

@@ -93,6 +93,7 @@ def test_within_the_context_the_pipeline_itself_is_parallel(pipe):
         )
         assert pipe.last_result is made.last_result
         assert made.last_result.rounds < made.last_result.steps
+        assert torch.equal(made(**OPTIONS, generator=seeded()).images, together)
     assert fingerprint(pipe) == before
     assert 0 < rms(together - alone) < 1e-3
     with pytest.raises(Boom), parallel(pipe):

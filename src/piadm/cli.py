@@ -349,6 +349,10 @@ def _run(
             if compare:
                 console.print("once more, one step after the other:")
                 sequential = draw(Sequential(denoiser if film is None else film.denoiser, sampler.scheme))
+        except BaseException as error:
+            if hasattr(error, "checkpoint"):
+                del error.checkpoint  # the sequential run's, which --resume has no use for
+            raise
         finally:  # whatever becomes of the comparison, the samples are there
             if leads:
                 frames = None if film is None else film.tensors(result.rounds, result.samples)
@@ -380,6 +384,8 @@ def _table(run: Run, result: Result, sequential: Result | None, cost: Cost | Non
     if sequential is not None:
         grid.add_column("sequential", justify="right")
         runs.append(sequential)
+    if result.choice is not None:
+        grid.add_row("window, as measured", f"{result.choice.window}")
     grid.add_row("rounds", *(f"{one.rounds}" for one in runs))
     grid.add_row("evaluations per sample", *(f"{one.evaluations:.4g}" for one in runs))
     if result.acceptance is not None:

@@ -34,8 +34,8 @@ class Exact(Parallel):
         denoiser: The denoiser.
         scheme: The steps, at least one of them with noise, such as `DDPM(steps=1000)`.
         propagator: The linear model $J$ of a step; `Secant` with the denoiser's variance by default.
-        window: How many steps are iterated at once, `None` for all, `"auto"` for the measured fastest, or a `Window` that
-            begins at the first unfinished step.
+        window: How many steps are iterated at once, `None` for all, `"auto"` for the measured fastest (then a seed gives one
+            sample on one machine only, where the same window is found), or a `Window` that begins at the first unfinished step.
         threshold: $θ$, in units of a step's noise: drafts whose mean is further off are recomputed, not tested. It changes the
             number of rounds, never the law. Chosen by the mean rounds of `digits`, DDPM 1000, at window 128 and the full one
             (`benchmarks/exact.py`): from 1 on they are the same to 2 %, 0.1 takes 7 % more.
@@ -73,7 +73,8 @@ class Exact(Parallel):
         self.threshold = threshold
 
     def __repr__(self) -> str:
-        how = f"propagator={self.propagator}, window={self.window}, threshold={self.threshold:g}"
+        window = self.window if self._tuner is None else "auto"
+        how = f"propagator={self.propagator}, window={window}, threshold={self.threshold:g}"
         return f"{type(self).__name__}({self.denoiser!r}, {self.scheme!r}, {how})"
 
     def _solver(self, noise: Noise) -> SpeculativeSolver:

@@ -27,7 +27,7 @@ def progress_bar(steps: int, enabled: bool) -> Iterator[Callable[[int, int, Tens
         task = bar.add_task("", total=steps, round=0, residual=0.0)
 
         def show(finished: int, round: int, residuals: Tensor | float) -> None:
-            worst = float(residuals.max()) if isinstance(residuals, Tensor) else residuals
+            worst = float(residuals.nan_to_num(0.0).max()) if isinstance(residuals, Tensor) else residuals
             bar.update(task, completed=finished, round=round, residual=worst)
 
         yield show

@@ -106,6 +106,7 @@ def _json(run: Run, result: Result, sequential: Result | None) -> str:
             "converged": result.converged,
             "error": _rounded(result.error.tolist()),
             "acceptance": _acceptance(result),
+            "choice": None if result.choice is None else _rounded_values(vars(result.choice)),
         },
         "sequential": None,
     }
@@ -127,6 +128,10 @@ def _json(run: Run, result: Result, sequential: Result | None) -> str:
 def _acceptance(result: Result) -> dict[str, list[int]] | None:
     counts = result.acceptance
     return None if counts is None else {name: value.tolist() for name, value in vars(counts).items()}
+
+
+def _rounded_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _rounded(value) for name, value in values.items()}
 
 
 def _figures(result: Result) -> dict[str, Any]:

@@ -255,8 +255,9 @@ class Parallel(_Sampler):
         target_kl: Replaces `tolerance`: a step is accepted for its measured defect, within its share of this divergence from
             the sequential law, in nats. Every sample keeps to it, so the certificate is rigorous and at most `target_kl`.
         audit: Whether the network is evaluated at the accepted states too, so that the certificate's defects are measured: a
-            row more for every step, in one round more. By default where the certificate has a divergence and rounds are fixed
-            in advance; elsewhere its defects are the stopping rule's estimates, at no cost. Never changes the samples.
+            row more for every step, in a call more after each round in which steps leave the window. By default where the
+            certificate has a divergence and rounds are fixed in advance; elsewhere its defects are the stopping rule's
+            estimates, at no cost. Never changes the samples.
         max_memory: Bytes that a run may take besides the network's weights, or a fraction of the device's memory (`0.5`).
             Rounds are cut into calls that fit, by the measured cost of a row, and so is the window `"auto"`; one that was
             given and does not fit is refused. A few rows are evaluated in each run to see. See `piadm.memory`.

@@ -98,6 +98,7 @@ class Parallelized:
         check_scheduler(pipe.scheduler)
         self._guards, self._once = check_loop(type(pipe)), loops_once(type(pipe))
         self.pipe, self.settings, self.last_result = pipe, settings, None
+        self._own = type(pipe).__call__  # which `parallel` takes the place of
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
         self._costs: dict[Hashable, int] = {}
@@ -114,7 +115,7 @@ class Parallelized:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the pipeline with these arguments and returns what it returns."""
-        return self._call(type(self.pipe).__call__, args, kwargs)
+        return self._call(self._own, args, kwargs)
 
     def _probe_early(self) -> None:
         """Reads and runs the scheduler's table for a few steps, so that one without a table is refused at once."""

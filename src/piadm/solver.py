@@ -374,10 +374,8 @@ class Solver:
         first = int(known[fresh.any(0)].min())  # lanes before this one stay in every sample
         old = ~fresh[first:].to(x.device)
         if noise is not None:
-            steps = lanes[first:-1] + state.start
-            entering = torch.unique(steps[fresh[first:]])  # and none of those between a fast sample's and a slow one's
-            drawn = torch.cat([self.noise(step, step + 1) for step in entering.tolist()])
-            drawn = pick(drawn, torch.searchsorted(entering, steps))
+            low, high = int((start + known)[fresh.any(0)].min()), int(stop.max())
+            drawn = pick(self.noise(low, high), lanes[first:-1] + state.start - low)
             noise[first:] = torch.where(old[:, None, :, None], noise[first:], drawn) if bool(old.any()) else drawn
         rows = self._rows_at(start + first, count - first)
         jacobian, offset = self.fill.model(rows, None if noise is None else noise[first:], state.newest)

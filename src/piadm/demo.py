@@ -41,15 +41,24 @@ ROUNDS = 24
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _CSS = """
 .gradio-container { max-width: 66rem !important; margin: 0 auto !important; }
+.gradio-container { --block-info-text-color: color-mix(in srgb, var(--body-text-color) 75%, transparent); }
+#note { min-height: 2.2rem; }
 .lane h3 { margin: 0 0 .5rem; font-size: 1.05rem; }
-.lane .images { display: grid; grid-template-columns: repeat(auto-fit, minmax(4rem, 1fr)); gap: .5rem; min-height: 7rem; }
+.lane figcaption, .map figcaption { opacity: .75; font-size: .85rem; font-weight: normal; }
+.lane .images { display: grid; grid-template-columns: repeat(auto-fit, minmax(4rem, 1fr)); gap: .6rem; min-height: 8rem; }
 .lane figure { margin: 0; max-width: 10rem; }
+.lane .many figure { max-width: none; }
+.lane .many { grid-template-columns: 1fr; min-height: 0; }
 .lane img { display: block; width: 100%; image-rendering: pixelated; border-radius: .25rem; }
-.lane figcaption, .map figcaption, .soft { color: var(--body-text-color-subdued); font-size: .85rem; }
-.lane table { border-collapse: collapse; width: 100%; margin-top: .5rem; font-variant-numeric: tabular-nums; }
-.lane th, .lane td { padding: .25rem 0; border: 0; border-bottom: 1px solid var(--border-color-primary); font-weight: normal; }
-.lane th { text-align: left; } .lane td { text-align: right; }
-.lane progress { width: 100%; height: .5rem; accent-color: var(--color-accent); }
+.lane table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+.lane table, .lane tr, .lane th, .lane td { border: 0; background: none; font-weight: normal; }
+.lane tr { border-bottom: 1px solid var(--border-color-primary); }
+.lane th, .lane td { padding: .3rem 0; text-align: left; vertical-align: top; } .lane td { text-align: right; }
+.lane progress { display: block; width: 100%; height: .5rem; border: 0; border-radius: .25rem; }
+.lane progress { overflow: hidden; appearance: none; }
+.lane progress, .lane ::-webkit-progress-bar { background: rgb(128 128 128 / .25); }
+.lane ::-webkit-progress-value { background: var(--color-accent); }
+.lane ::-moz-progress-bar { background: var(--color-accent); }
 .map figure { margin: 0; }
 .map .plot { position: relative; height: 13rem; background: rgb(128 128 128 / .15); border-radius: .25rem; overflow: hidden; }
 .map .plot > * { position: absolute; inset: 0; width: 100%; height: 100%; image-rendering: pixelated; }
@@ -138,10 +147,11 @@ def page(users: int = USERS, waiting: int = WAITING) -> gr.Blocks:
         inputs = [model, label, sampler, scheduler, steps, window, samples, seed]
         views = [parallel, sequential, heat, note]
         stop.click(hall.stop, **direct)
-        entered = run.click(hall.enter, inputs, [*views, run, stop], **direct)
+        entering = {**direct, "queue": True, "concurrency_limit": None}  # only what queues can say what was refused
+        entered = run.click(hall.enter, inputs, [*views, run, stop], **entering)
         ran = entered.success(hall.run, inputs, views, show_progress="hidden", api_visibility="private")
-        ran.then(hall.leave, None, [note, run, stop], **direct)
-        blocks.unload(hall.leave)
+        ran.then(hall.leave, None, [run, stop], **direct)
+        blocks.unload(hall.close)
     return blocks.queue(max_size=waiting, default_concurrency_limit=users, api_open=False)
 
 
@@ -167,7 +177,7 @@ class _Hall:
         self._users, self._turns = users, Turns()
         self._stops: dict[str, threading.Event] = {}
 
-    def enter(self, *given: Any, request: gr.Request) -> tuple[Any, ...]:
+    def enter(self, request: gr.Request, *given: Any) -> tuple[Any, ...]:
         """Refuses bad values at once, without a place in the queue."""
         whose = str(request.session_hash)
         if whose in self._stops:
@@ -186,7 +196,7 @@ class _Hall:
             gr.Button(interactive=True),
         )
 
-    def run(self, *given: Any, request: gr.Request) -> Iterator[tuple[str, ...]]:
+    def run(self, request: gr.Request, *given: Any) -> Iterator[tuple[str, ...]]:
         stop = self._stops.setdefault(str(request.session_hash), threading.Event())
         with _told():
             lanes = _lanes(*given, turns=self._turns, stop=stop)
@@ -197,11 +207,15 @@ class _Hall:
         if (flag := self._stops.get(str(request.session_hash))) is not None:
             flag.set()
 
-    def leave(self, request: gr.Request) -> tuple[Any, ...]:
-        """After a run, however it ended; and when the page is closed."""
+    def close(self, request: gr.Request) -> None:
+        """Whatever runs for a page that is gone ends."""
         if (flag := self._stops.pop(str(request.session_hash), None)) is not None:
             flag.set()
-        return gr.skip(), gr.Button(interactive=True), gr.Button(interactive=False)
+
+    def leave(self, request: gr.Request) -> tuple[gr.Button, gr.Button]:
+        """After a run, however it ended."""
+        self.close(request)
+        return gr.Button(interactive=True), gr.Button(interactive=False)
 
 
 class _told:
@@ -265,7 +279,7 @@ def _outcome(parallel: Lane, sequential: Lane) -> str:
     if parallel.result is None or sequential.result is None:
         return ""
     ratio = sequential.seconds / parallel.seconds
-    fewer = f"{parallel.rounds} rounds in place of {sequential.rounds}, {ratio:.2g} times as fast."
+    fewer = f"{parallel.rounds} rounds in place of {sequential.rounds}, {ratio:.3g} times as fast."
     if parallel.result.acceptance is not None:
         return f"{fewer} Exact: other samples than the sequential ones, of exactly the same law."
     return f"{fewer} The samples differ by {float(distance(parallel.result, sequential.result).max()):.1g} (rms) at most."
@@ -287,15 +301,14 @@ def _lane(lane: Lane) -> str:
     title = "Sequential" if isinstance(lane.sampler, Sequential) else "Parallel"
     if lane.ahead is None or lane.state is None:
         return _empty(title)
-    done = "" if lane.result is None else " – done"
-    told = "samples" if lane.result is not None else "predicted sample"
+    told = "prediction" if lane.result is None else "sample"
     figures = [("rounds", f"{lane.rounds}"), ("steps finished", f"{lane.finished} of {lane.steps}")]
     figures.append(("time", f"{lane.seconds:.2f} s"))
-    images = [_figure(lane.ahead, told)] + ([_figure(lane.state, "state, noise and all")] if lane.result is None else [])
+    images = [_figure(lane.ahead, told), _figure(lane.state, "finished state, noise and all")]
     rows = Markup("").join(Markup("<tr><th>{}</th><td>{}</td></tr>").format(*one) for one in figures)
     bar = Markup('<progress max="{}" value="{}"></progress>').format(lane.steps, lane.finished)
-    whole = Markup('<h3>{}{}</h3><div class="images">{}</div><table>{}</table>{}')
-    return str(whole.format(title, done, Markup("").join(images), rows, bar))
+    whole = Markup('<h3>{}</h3><div class="images{}">{}</div><table>{}</table>{}')
+    return str(whole.format(title, " many" if len(lane.ahead) > 1 else "", Markup("").join(images), rows, bar))
 
 
 def _figure(images: Tensor, told: str) -> Markup:

@@ -32,7 +32,7 @@ from piadm.samplers import Parallel, Sequential
 
 USERS = 2
 """Races at once."""
-WAITING = 4
+WAITING = 2
 """Races that may wait for one of them to end; more are turned away."""
 COLUMNS = 500
 """Pixels across the convergence map, at most."""
@@ -106,9 +106,9 @@ class _Alone:
         await self._app(scope, receive, told)
 
 
-def page(users: int = USERS, waiting: int = WAITING) -> gr.Blocks:
-    """The page: `users` races run at once and `waiting` more may wait."""
-    hall = _Hall(users)
+def page() -> gr.Blocks:
+    """The page: `USERS` races run at once and `WAITING` more may wait."""
+    hall = _Hall()
     with gr.Blocks(title="piadm: parallel beside sequential", analytics_enabled=False) as blocks:
         gr.HTML(
             "<h1>The same sample, in parallel and one step after the other</h1><p>Both start from the same noise. They take "
@@ -128,10 +128,10 @@ def page(users: int = USERS, waiting: int = WAITING) -> gr.Blocks:
             sampler = gr.Dropdown(names, value="parallel", label="Sampler")
             scheduler = gr.Dropdown([name.value for name in SchedulerName], value="ddpm", label="Scheduler")
         with gr.Row():
-            steps = gr.Number(1000, label="Steps", info="Network calls of the sequential run")
-            window = gr.Textbox("32", label="Window", info="Steps at once, all, or auto", max_lines=1)
-            samples = gr.Slider(1, SAMPLES, value=1, step=1, label="Samples")
-            seed = gr.Number(0, label="Seed")
+            steps = gr.Number(1000, elem_id="steps", label="Steps", info="Network calls of the sequential run")
+            window = gr.Textbox("32", elem_id="window", label="Window", info="Steps at once, all, or auto", max_lines=1)
+            samples = gr.Slider(1, SAMPLES, value=1, step=1, label="Samples", elem_id="samples")
+            seed = gr.Number(0, label="Seed", elem_id="seed")
         with gr.Row():
             run = gr.Button("Run", variant="primary")
             stop = gr.Button("Stop", variant="stop", interactive=False)
@@ -152,7 +152,7 @@ def page(users: int = USERS, waiting: int = WAITING) -> gr.Blocks:
         ran = entered.success(hall.run, inputs, views, show_progress="hidden", api_visibility="private")
         ran.then(hall.leave, None, [run, stop], **direct)
         blocks.unload(hall.close)
-    return blocks.queue(max_size=waiting, default_concurrency_limit=users, api_open=False)
+    return blocks.queue(max_size=WAITING, default_concurrency_limit=USERS, api_open=False)
 
 
 def _labels(model: str) -> list[tuple[str, str]]:
@@ -173,8 +173,8 @@ def _model(name: str) -> Denoiser:
 class _Hall:
     """Who is running, or waits to: a flag for each that ends it."""
 
-    def __init__(self, users: int) -> None:
-        self._users, self._turns = users, Turns()
+    def __init__(self) -> None:
+        self._turns = Turns()
         self._stops: dict[str, threading.Event] = {}
 
     def enter(self, request: gr.Request, *given: Any) -> tuple[Any, ...]:
@@ -184,7 +184,7 @@ class _Hall:
             raise gr.Error("A run of this page is still under way: stop it first.", print_exception=False)
         with _told():
             _lanes(*given, turns=self._turns, stop=threading.Event())
-        full = len(self._stops) >= self._users
+        full = len(self._stops) >= USERS
         self._stops[whose] = threading.Event()
         note = "Waiting: others are running." if full else ""
         return (

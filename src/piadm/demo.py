@@ -152,7 +152,8 @@ def page() -> gr.Blocks:
         ran = entered.success(hall.run, inputs, views, show_progress="hidden", api_visibility="private")
         ran.then(hall.leave, None, [run, stop], **direct)
         blocks.unload(hall.close)
-    return blocks.queue(max_size=WAITING, default_concurrency_limit=USERS, api_open=False)
+    blocks.queue(max_size=WAITING, default_concurrency_limit=USERS, api_open=False)
+    return blocks
 
 
 def _labels(model: str) -> list[tuple[str, str]]:

@@ -176,7 +176,7 @@ class Lane:
         self._go.acquire()
         draw, event = self._draw, self.sampler.denoiser.event_shape or ()
         generator = torch.Generator(self.sampler.denoiser.device or "cpu").manual_seed(draw.seed)
-        condition = {**draw.condition, **self._film.condition(draw.samples)}
+        condition: dict[str, Any] = {**draw.condition, **self._film.condition(draw.samples)}
         try:
             self.result = self.sampler((draw.samples, *event), generator=generator, callback=self._callback, **condition)
         except Stopped as stopped:

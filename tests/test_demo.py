@@ -76,23 +76,24 @@ def browser(server: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        chromium.new_context()
-        yield chromium
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
 
 
 @pytest.fixture
 def visit(browser: Any, server: str) -> Iterator[Callable[[], Page]]:
-    """Opens the page in one more tab, which is one more session; all of them are closed at the end."""
+    """Opens the page as one more user; all of them leave at the end.
+
+    Each in a context of its own: tabs of one share six connections to a server, and the page holds two open.
+    """
     pages: list[Page] = []
 
     def come() -> Page:
-        pages.append(Page(browser.contexts[0], server))
+        pages.append(Page(browser.new_context(), server))
         return pages[-1]
 
     yield come
     for one in pages:
-        one.page.close()
+        one.context.close()
         assert one.foreign == [], "something was asked of another machine"
         assert one.wrong == []
 
@@ -103,10 +104,10 @@ def page(visit: Callable[[], Page]) -> Page:
 
 
 class Page:
-    """The page in a tab, as one user has it."""
+    """The page in a browser of its own, as one user has it."""
 
     def __init__(self, context: Any, address: str) -> None:
-        self.page = context.new_page()
+        self.context, self.page = context, context.new_page()
         self.foreign: list[str] = []
         self.wrong: list[str] = []
         self.page.set_default_timeout(SOON)
@@ -237,9 +238,8 @@ def test_bad_values_are_refused_with_the_librarys_words_and_nothing_runs(page: P
 
 
 @browsing
-def test_two_users_at_once_have_each_their_own(visit: Callable[[], Page], browser: Any, server: str) -> None:
-    apart = browser.new_context()
-    first, second = visit(), Page(apart, server)
+def test_two_users_at_once_have_each_their_own(visit: Callable[[], Page]) -> None:
+    first, second = visit(), visit()
     first.choose(label=2, steps=150, seed=1)
     second.choose(label=5, steps=100, seed=2, samples=2, sampler="exact")
     first.run()
@@ -253,7 +253,6 @@ def test_two_users_at_once_have_each_their_own(visit: Callable[[], Page], browse
     assert together >= 2, "one waited for the other's end"
     for page, want in ((first, drawn(1, [2], 150)), (second, drawn(2, [5, 5], 100))):
         assert np.abs(page.image("sequential") - want).max() <= 1
-    apart.close()
 
 
 @browsing
@@ -273,7 +272,7 @@ def test_the_queue_is_bounded_and_who_leaves_makes_room(visit: Callable[[], Page
     waiting = pages.pop()
     waiting.button("Stop").click()
     for page in pages:
-        page.page.close()
+        page.context.close()
     waiting.told("Stopped")
     assert waiting.rounds("sequential") == 0
     late.run().told("as fast")

@@ -109,7 +109,8 @@ class _Alone:
 def page() -> gr.Blocks:
     """The page: `USERS` races run at once and `WAITING` more may wait."""
     hall = _Hall()
-    with gr.Blocks(title="piadm: parallel beside sequential", analytics_enabled=False) as blocks:
+    blocks = gr.Blocks(title="piadm: parallel beside sequential", analytics_enabled=False)
+    with blocks:
         gr.HTML(
             "<h1>The same sample, in parallel and one step after the other</h1><p>Both start from the same noise. They take "
             "turns, the one behind goes on, and each clock runs in its own turns only: as if each had this machine alone.</p>"

@@ -32,14 +32,16 @@ FLOORS = [
     {"planner"},
     {"published"},
     {"models", "diffusers", "pictures"},
-    {"film", "record", "recorded"},
+    {"film", "record", "recorded", "choices"},
+    {"racing"},
     {"words"},
     {"report"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-EXTRAS = ("typer", "matplotlib", "diffusers", "sklearn", "scipy", "rich")
+EXTRAS = ("typer", "matplotlib", "diffusers", "sklearn", "scipy", "rich", "gradio")
 
 
 def files() -> list[Path]:

@@ -19,10 +19,10 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table as Grid
-from torch import Tensor
 
 from piadm import models
 from piadm.checkpoint import Checkpoint, load, save
+from piadm.choices import NO_CLASS, PAPERS, SamplerName, SchedulerName, make_published, make_scheme, read_condition, read_window
 from piadm.denoiser import DenoiserLike, Guided
 from piadm.errors import NonFiniteError, RankError, require, require_count
 from piadm.exact import Exact
@@ -33,17 +33,11 @@ from piadm.noise import Noise
 from piadm.pictures import is_image
 from piadm.planner import Method, Plan
 from piadm.planner import plan as make_plan
-from piadm.published import PIADMODE, PIADMSDE
 from piadm.record import Run, distance, write_finished, write_run
 from piadm.report import write_report
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
-from piadm.schemes import DDIM, DDPM, Euler, Scheme
 from piadm.sharded import Cost, Sharded, sharding
-
-NO_CLASS = len(models.LABELS)
-"""What stands for "no class" in the embedded models; the classes are the numbers below it."""
-
 
 # plain errors keep a message on one line and tracebacks free of every local tensor
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
@@ -54,32 +48,17 @@ def piadm() -> None:
     """Diffusion and flow models sampled in parallel across time."""
 
 
-class SamplerName(str, Enum):
-    piadm_sde = "piadm-sde"
-    piadm_ode = "piadm-ode"
-    parallel = "parallel"
-    exact = "exact"
-    sequential = "sequential"
-
-
-class SchedulerName(str, Enum):
-    ddpm = "ddpm"
-    ddim = "ddim"
-    euler = "euler"
-
-
 class MethodName(str, Enum):
     sde = "sde"
     ode = "ode"
 
 
-_PAPERS = (SamplerName.piadm_sde, SamplerName.piadm_ode)
 _SERVES = {
     **dict.fromkeys(("scheduler", "eta"), (SamplerName.parallel, SamplerName.exact, SamplerName.sequential)),
     **dict.fromkeys(("window", "max_memory"), (SamplerName.parallel, SamplerName.exact)),
     **dict.fromkeys(("tolerance", "target_kl"), (SamplerName.parallel,)),
-    **dict.fromkeys(("iterations", "horizon", "block", "early_stop"), _PAPERS),
-    "compare": (*_PAPERS, SamplerName.parallel),
+    **dict.fromkeys(("iterations", "horizon", "block", "early_stop"), PAPERS),
+    "compare": (*PAPERS, SamplerName.parallel),
 }
 """The samplers an option means something to; options not listed serve all."""
 _LOCAL = ("output", "progress", "checkpoint", "resume", "report")
@@ -180,21 +159,21 @@ def sample(
         film = Film(denoiser) if report else None
         if film is not None:
             denoiser = film
-        condition = _condition(label, num_samples, model in models.NAMES, denoiser)
+        condition = read_condition(label, num_samples, model in models.NAMES, denoiser)
         chosen: Parallel | Sequential
-        fit: _Fit = {"window": _window(window), "max_memory": _memory(max_memory)}
-        if sampler in _PAPERS:
-            chosen = _published(sampler, denoiser, num_inference_steps, horizon, block, early_stop, iterations)
+        fit: _Fit = {"window": read_window(window), "max_memory": _memory(max_memory)}
+        if sampler in PAPERS:
+            chosen = make_published(sampler, denoiser, num_inference_steps, horizon, block, early_stop, iterations)
         elif sampler is SamplerName.parallel:
-            scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
+            scheme = make_scheme(scheduler, denoiser, num_inference_steps, eta)
             chosen = Parallel(denoiser, scheme, tolerance=tolerance, target_kl=target_kl, **fit)
         elif sampler is SamplerName.exact:
-            scheme = _scheme(scheduler, denoiser, num_inference_steps, eta)
+            scheme = make_scheme(scheduler, denoiser, num_inference_steps, eta)
             remedy = "its steps have no noise, so no law to be exact in; use ddpm, or ddim with --eta above 0"
             require(scheme(denoiser.schedule).stochastic, "scheduler", scheduler.value, remedy)
             chosen = Exact(denoiser, scheme, **fit)
         else:
-            chosen = Sequential(denoiser, _scheme(scheduler, denoiser, num_inference_steps, eta))
+            chosen = Sequential(denoiser, make_scheme(scheduler, denoiser, num_inference_steps, eta))
         _prepare(output)
         title = f"{sampler.value} on {Path(model).name}: {num_samples} samples, {len(chosen.table)} steps"
         run = Run(arguments, repr(denoiser), repr(chosen.scheme), condition, title)
@@ -219,13 +198,6 @@ class _Fit(TypedDict):
     max_memory: float | None
 
 
-def _window(given: str) -> int | Literal["auto"] | None:
-    if given == "auto":
-        return "auto"
-    require(given == "all" or given.isdecimal(), "window", given, "give a number of steps such as 32, all, or auto")
-    return None if given == "all" else int(given)
-
-
 def _memory(given: str | None) -> float | None:
     if given is None:
         return None
@@ -247,6 +219,30 @@ def report_run(folder: Annotated[Path, typer.Argument(help="The --output of a pi
         typer.echo(f"piadm report: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"written to {path}")
+
+
+@app.command("demo")
+def demo_page(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback address.")] = 7860,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Serves a page on which a parallel sampler runs beside the sequential one and both fill in; Ctrl-C ends it.
+
+    Only this machine can reach it, and it asks nothing of any other. It needs the extra demo.
+    """
+    try:
+        from piadm.demo import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        typer.echo("piadm demo: the page needs gradio: pip install 'piadm[demo]'", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"serving on http://127.0.0.1:{port}")
+    try:
+        serve(port, browser)
+    except OSError as error:
+        typer.echo(f"piadm demo: --port is {port}: it cannot be had ({error}): give another", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -419,29 +415,6 @@ def _arguments(context: typer.Context, sampler: SamplerName, scheduler: Schedule
     return arguments
 
 
-def _scheme(scheduler: SchedulerName, denoiser: DenoiserLike, steps: int, eta: float) -> Scheme:
-    match scheduler:
-        case SchedulerName.ddpm:
-            return DDPM(steps)
-        case SchedulerName.ddim:
-            return DDIM(steps, eta)
-        case SchedulerName.euler:
-            scheme = Euler(steps)
-            try:
-                scheme(denoiser.schedule)
-            except ValueError as error:
-                raise ValueError(f"`scheduler` is 'euler': {error}") from error
-            return scheme
-
-
-def _published(
-    name: SamplerName, denoiser: DenoiserLike, steps: int, horizon: float, block: float, early_stop: float, iterations: int
-) -> Parallel:
-    """The paper's samplers with about `steps` steps."""
-    sampler = PIADMSDE if name is SamplerName.piadm_sde else PIADMODE
-    return sampler.with_steps(denoiser, steps, horizon=horizon, block=block, early_stop=early_stop, iterations=iterations)
-
-
 def _load(model: str, guidance_scale: float) -> DenoiserLike:
     if model not in models.NAMES:
         alone = guidance_scale == 1
@@ -486,17 +459,6 @@ def _blamed(model: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"`model` is {model!r}: {type(error).__name__}: {error}{_place(error, model)}") from error
-
-
-def _condition(label: str | None, samples: int, embedded: bool, denoiser: DenoiserLike) -> dict[str, Tensor]:
-    if label is None and not embedded:
-        return {}
-    words = [str(n) for n in range(NO_CLASS)] if label is None else label.split(",")
-    limit = f"from 0 to {NO_CLASS - 1}" if embedded else "(integers of at least 0)"
-    right = all(re.fullmatch(r"\s*\d{1,18}\s*", word) and (not embedded or int(word) < NO_CLASS) for word in words)
-    require(right, "label", label, f"give classes {limit}, for example 7 or 0,1,2")
-    classes = torch.tensor([int(word) for word in words], device=denoiser.device)
-    return {"label": classes[torch.arange(samples, device=denoiser.device) % len(words)]}
 
 
 @contextmanager

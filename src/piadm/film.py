@@ -35,6 +35,9 @@ class Film(Executor):
 
     Arguments:
         denoiser: The denoiser. Times must fall from noise to data, as those of all `piadm.schedules` do.
+
+    Attributes:
+        newest: Of each sample filmed, as the last round that saw it left it: the prediction and the finished state.
     """
 
     def __init__(self, denoiser: DenoiserLike) -> None:
@@ -44,6 +47,7 @@ class Film(Executor):
         self._ahead: dict[int, tuple[float, Tensor]] = {}
         self._frames: list[tuple[int, dict[int, tuple[Tensor, Tensor]]]] = []
         self._every = 1
+        self.newest: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __repr__(self) -> str:
         return self._name
@@ -69,9 +73,10 @@ class Film(Executor):
 
     def callback(self, round: int, window: tuple[int, int], residuals: Tensor) -> None:
         """Ends a round, as `callback` of a sampler's call."""
+        seen = {n: (self._ahead[n][1], self._finished[n][1]) for n in self._finished.keys() & self._ahead.keys()}
+        self.newest |= seen
         if (round - 1) % self._every == 0:
-            seen = self._finished.keys() & self._ahead.keys()
-            self._frames.append((round, {n: (self._ahead[n][1], self._finished[n][1]) for n in seen}))
+            self._frames.append((round, seen))
             if len(self._frames) > FRAMES:
                 del self._frames[1::2]
                 self._every *= 2

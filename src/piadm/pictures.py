@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
@@ -55,6 +55,37 @@ def draw_convergence(path: Path, steps: int, windows: Sequence[tuple[int, int]],
     figure.savefig(path, format="png")
 
 
+def heat_map(
+    steps: int, windows: Sequence[tuple[int, int]], residuals: Sequence[Any], columns: int = COLUMNS
+) -> tuple[np.ndarray[Any, Any], int, float, float]:
+    """Residuals as colours show them; arguments as those of `convergence`.
+
+    Returns:
+        The residuals, shape `(rounds, columns)`, NaN where there is none; how many steps share a column; the ends of the scale.
+    """
+    rounds, each = len(windows), -(-steps // columns)  # of steps that share a column the largest defect shows
+    heat = np.full((rounds, -(-steps // each)), np.nan)
+    for row, (start, _), values in zip(heat, windows, residuals, strict=True):
+        defects = np.asarray(values, dtype=float)[: steps - start]
+        np.fmax.at(row, (start + np.arange(len(defects))) // each, np.where(defects >= 0, defects, np.nan))
+    positive = heat[np.isfinite(heat) & (heat > 0)]
+    high = float(positive.max()) if positive.size else 1.0
+    # eight decades are all that float32 resolves; a defect of 0 takes the lowest colour
+    low = min(max(float(positive.min()), high * 1e-8), high / 10) if positive.size else 0.1
+    return heat, each, low, high
+
+
+def heat_image(
+    steps: int, windows: Sequence[tuple[int, int]], residuals: Sequence[Any], columns: int
+) -> tuple[np.ndarray[Any, Any], float, float]:
+    """`convergence` without axes, quick to draw: a pixel for each round and column, shape `(rounds, columns, 4)`, first round
+    below, transparent where there is no residual; and the ends of its scale."""
+    heat, _, low, high = heat_map(steps, windows, residuals, columns)
+    coloured = colormaps["viridis"](LogNorm(low, high)(np.ma.masked_invalid(heat.clip(low, high))), bytes=True)
+    coloured[np.isnan(heat)] = 0
+    return coloured[::-1], low, high
+
+
 def convergence(steps: int, windows: Sequence[tuple[int, int]], residuals: Sequence[Any], size: tuple[float, float]) -> Figure:
     """Residual in colour against step and round, and the steps finished before each round as a line.
 
@@ -64,15 +95,8 @@ def convergence(steps: int, windows: Sequence[tuple[int, int]], residuals: Seque
         residuals: Defects of each round's steps from its first on, as numbers; below 0, NaN or `None` where there is none.
         size: Width and height in inches.
     """
-    rounds, each = len(windows), -(-steps // COLUMNS)  # of steps that share a column the largest defect shows
-    heat = np.full((rounds, -(-steps // each)), np.nan)
-    for row, (start, _), values in zip(heat, windows, residuals, strict=True):
-        defects = np.asarray(values, dtype=float)[: steps - start]
-        np.fmax.at(row, (start + np.arange(len(defects))) // each, np.where(defects >= 0, defects, np.nan))
-    positive = heat[np.isfinite(heat) & (heat > 0)]
-    high = float(positive.max()) if positive.size else 1.0
-    # eight decades are all that float32 resolves; a defect of 0 takes the lowest colour
-    low = min(max(float(positive.min()), high * 1e-8), high / 10) if positive.size else 0.1
+    rounds = len(windows)
+    heat, each, low, high = heat_map(steps, windows, residuals)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor((0.5, 0.5, 0.5, 0.15))  # on white as on black
@@ -134,7 +158,7 @@ def emerging(rounds: Tensor, ahead: Tensor) -> Figure:
 
 
 def png(image: np.ndarray[Any, Any]) -> bytes:
-    """An image of bytes, shape `(H, W, 3)`, as a PNG file."""
+    """An image of bytes, shape `(H, W, 3 | 4)`, as a PNG file."""
     nothing: Any = {"Software": None}
     file = BytesIO()
     imsave(file, image, format="png", metadata=nothing)

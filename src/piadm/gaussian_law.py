@@ -85,7 +85,7 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
     Arguments:
         sampler: The sampler.
         variance: $v$ of each kind of coordinate, shape `(n,)`; kinds have equal shares.
-        dimension: $d$, to which a `target_kl` refers; $n$ by default.
+        dimension: $d$, to which a `target_kl` refers, and which the stopping rule looks at; $n$ by default.
     """
     variance = torch.as_tensor(variance, dtype=torch.float64).reshape(-1)
     table, told = sampler.table, sampler.denoiser
@@ -98,7 +98,7 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
     scale = per_coordinate / (len(variance) if dimension is None else dimension)
     target = None if sampler.target_kl is None else sampler.target_kl * scale
     policies = sampler.propagator, sampler.window, sampler.fill, sampler.tolerance, told.variance
-    solver = Solver(table, noise, *policies, target_kl=target, keep=sampler.audit)
+    solver = Solver(table, noise, *policies, target_kl=target, keep=sampler.audit, size=dimension or len(variance))
     denoiser = Gaussian(0.0, variance.repeat_interleave(noise.count), schedule=told.schedule)
 
     def network(request: Request) -> Tensor:

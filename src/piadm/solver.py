@@ -92,8 +92,8 @@ class State:
     left: State | None
 
     @classmethod
-    def begin(cls, x: Tensor, table: Table, variance: float | Tensor) -> State:
-        """No step finished and no step iterated, from starting states of shape `(S, D)`."""
+    def begin(cls, x: Tensor, table: Table, variance: float | Tensor, size: float | None = None) -> State:
+        """No step finished and no step iterated, from starting states of shape `(S, D)`; arguments as of `Solver`."""
         samples = len(x)
         zero = torch.zeros(samples, dtype=torch.long)
         first = torch.cat([x[None], x.new_zeros(table.components - 1, *x.shape)])[None]
@@ -108,7 +108,7 @@ class State:
             error=x.new_zeros(samples),
             nats=x.new_zeros(samples),
             drift=x.new_zeros(samples),
-            variance=x.new_full((samples,), total_variance(variance, x.shape[1])),
+            variance=x.new_full((samples,), total_variance(variance, size or x.shape[1])),
             residual=x.new_zeros(0, samples),
             window=(0, 0),
             rounds=0,
@@ -140,6 +140,7 @@ class Solver:
         variance: The data's per coordinate, a number or of one sample's size, for the stopping rule.
         target_kl: $κ$, which takes the tolerance's place.
         keep: Whether states that leave the window stay in `State.left` for a round, so that `measure` can be asked about them.
+        size: $D$ of the stopping rule, where the numbers of a state stand for more of their kind (`piadm.gaussian_law`).
     """
 
     table: Table
@@ -151,6 +152,7 @@ class Solver:
     variance: float | Tensor
     target_kl: float | None = None
     keep: bool = False
+    size: float | None = None
 
     def __post_init__(self) -> None:
         self.propagator.check(self.table)
@@ -176,7 +178,7 @@ class Solver:
 
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
-        empty = State.begin(x, self.table, self.variance)
+        empty = State.begin(x, self.table, self.variance, self.size)
         return self._advance(empty, empty.start, empty.x, x.new_zeros(3, 1, len(x)))
 
     def request(self, state: State) -> Request:
@@ -223,9 +225,9 @@ class Solver:
             phi = torch.where(kept[:, None, :, None], x[1:], phi)
         jacobian = self.propagator.jacobian(rows, pair)
         new = sweep(phi, jacobian, x)
-        variance = state.variance[None]
+        variance, numbers = state.variance[None], self.size or x.shape[-1]
         if pair is not None:
-            variance = apparent_variance(rows, pair, state.variance, total_variance(self.variance, x.shape[-1]))
+            variance = apparent_variance(rows, pair, state.variance, total_variance(self.variance, numbers))
         if kept is not None:
             carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0), 1.0, 1.0)
             accepted = kept.long().sum(0).cpu() + 1
@@ -233,7 +235,7 @@ class Solver:
             step = x[:-1] if pair is None else x[:-1] - state.x_seen
             change = rms(new[:-1] - x[:-1])
             # a model that overflowed says nothing against a state that did not change
-            size = torch.where(change == 0, 0.0, misfit(rows, jacobian, variance, pair, step) * change)
+            size = torch.where(change == 0, 0.0, misfit(rows, jacobian, variance, pair, step, numbers) * change)
             carried = self._spent(state, steps, size.masked_fill(~inside, 0.0), SAFETY, CAUTION)
             share = (steps + 1).to(size) / len(self.table)
             over = ~(carried[0] <= self.tolerance * share.sqrt()) | ~inside  # an estimate that is NaN accepts nothing

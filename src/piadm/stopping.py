@@ -50,7 +50,7 @@ def sensitivity(table: Table, variance: float | Tensor) -> Tensor:
     return (spread[-1] / spread).mean(1).sqrt()
 
 
-def total_variance(variance: float | Tensor, size: int) -> float:
+def total_variance(variance: float | Tensor, size: float) -> float:
     """The trace of the covariance of data with `size` coordinates, given the variance of each or of all."""
     return float(_believable(variance).mean()) * size
 
@@ -81,7 +81,7 @@ def apparent_variance(rows: Rows, pair: Pair, past: Tensor, total: float) -> Ten
     return torch.where(last > 0, variance.gather(0, (last - 1).clamp(min=0)), torch.where(pair.seen, total, past))
 
 
-def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, step: Tensor) -> Tensor:
+def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, step: Tensor, size: float) -> Tensor:
     r"""$ρ_m$: the error of $J_m$ for each unit of change, shape `(W, S)`.
 
     Arguments:
@@ -90,6 +90,7 @@ def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, st
         variance: That of the Gaussian model, shape `(W, S)` or `(1, S)`.
         pair: The last two evaluations.
         step: The change $Δx_m$ between them, shape `(W, k, S, D)`.
+        size: $D$.
     """
     gaussian = rows.jacobian(rows.gaussian_gain(variance[..., None]))
     unseen = (_norm(jacobian - gaussian) + _norm(gaussian - rows.A)).expand(len(step), step.shape[2])
@@ -98,7 +99,7 @@ def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, st
     length = rms(step)
     known = pair.seen & (length > 0)
     wrong = rms(rows.step(step, pair.df, None) - mix(jacobian, step))
-    return torch.where(known, wrong / torch.where(known, length, 1.0) + unseen / step.shape[-1], unseen)
+    return torch.where(known, wrong / torch.where(known, length, 1.0) + unseen / size, unseen)
 
 
 def rms(values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from piadm.propagators import Propagator
 from piadm.samplers import Parallel
 from piadm.schemes import Scheme
 from piadm.solver import State
-from piadm.speculative import SpeculativeSolver, check_speculative
+from piadm.speculative import THRESHOLD, SpeculativeSolver, check_speculative
 from piadm.windows import Window
 
 
@@ -61,14 +61,14 @@ class Exact(Parallel):
         *,
         propagator: Propagator | None = None,
         window: int | Window | Literal["auto"] | None = 32,
-        threshold: float = 2.0,
+        threshold: float = THRESHOLD,
         max_rounds: int | None = None,
         fill: Fill | None = None,
         max_memory: float | None = None,
     ) -> None:
         how: dict[str, Any] = {"propagator": propagator, "window": window, "max_rounds": max_rounds, "fill": fill}
         super().__init__(denoiser, scheme, max_memory=max_memory, **how)
-        require_positive("threshold", threshold, "threshold=2.0")
+        require_positive("threshold", threshold, f"threshold={THRESHOLD}")
         check_speculative(self.table, self.window, scheme)
         self.threshold = threshold
 

@@ -38,6 +38,11 @@ class NoiseSource(Protocol):
         """$u_m$, uniform on [0, 1), likewise, shape `(last - first, S)`; for solvers that test."""
 
 
+def derived_seed(key: str) -> int:
+    """A seed that is a function of a key."""
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
 class Noise:
     r"""$ξ_m \sim N(0, I)$, shape `(k, S, D)`, and the standard normal start, shape `(S, D)`.
 
@@ -86,8 +91,7 @@ class Noise:
         each = self.samples // len(self.seeds)
         parts = []
         for seed in self.seeds:
-            digest = blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-            self._generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            self._generator.manual_seed(derived_seed(f"{seed}:{key}"))
             whole = (shape[0], each, *shape[1:])
             parts.append(draw(whole, generator=self._generator, device=self.device, dtype=self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

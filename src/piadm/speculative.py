@@ -46,6 +46,9 @@ from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
 
+THRESHOLD = 2.0
+"""$θ$: see `piadm.Exact`."""
+
 
 def check_speculative(table: Table, window: Window, scheme: object) -> None:
     """Raises `ValueError` if no step of a scheme has noise or a window does not begin at the first unfinished step."""

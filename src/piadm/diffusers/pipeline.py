@@ -25,6 +25,7 @@ from piadm.diffusers.slices import Slices
 from piadm.errors import require, require_count, require_positive
 from piadm.memory import limit
 from piadm.result import Result
+from piadm.speculative import THRESHOLD
 
 
 def parallelize(
@@ -75,7 +76,7 @@ def parallelize(
     require_moments(mean, variance)
     if max_memory is not None:
         limit(max_memory, torch.device("cpu"))
-    return Parallelized(pipe, Settings(window, tolerance, mean, variance, 2.0 if exact else None, max_memory))
+    return Parallelized(pipe, Settings(window, tolerance, mean, variance, THRESHOLD if exact else None, max_memory))
 
 
 class Parallelized:

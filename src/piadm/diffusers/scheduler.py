@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from piadm.diffusers.probe import Probe, first_output, memory, remember
-from piadm.noise import read_generators
+from piadm.noise import derived_seed, read_generators
 
 
 class Driver(Protocol):
@@ -155,8 +155,7 @@ class SchedulerNoise:
         """$u_m$ for exact runs, a function of the generators' state at the start and of $m$; shape `(last - first, S)`."""
         rows = []
         for step in range(first, last):
-            digest = blake2b(f"{self._seed}:{step}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            generator = torch.Generator().manual_seed(derived_seed(f"{self._seed}:{step}"))
             rows.append(torch.rand(len(self.sample), generator=generator, dtype=self.dtype))
         return torch.stack(rows).to(self.device)
 

@@ -131,9 +131,12 @@ class Denoiser:
 
         Arguments:
             model: The model.
-            sigma_min, sigma_max: Ends of the noise levels; by default the model's own attributes of these names.
+            sigma_min: Lowest noise level; by default the model's own attribute of this name.
+            sigma_max: Highest noise level, likewise.
             rho: $ρ$ of Karras et al. (arXiv 2206.00364), eq. 5.
-            mean, variance, event_shape: As for the class.
+            mean: As for the class.
+            variance: Likewise.
+            event_shape: Likewise.
 
         Raises:
             ValueError: if the ends are neither given nor known to the model, or do not fit.

@@ -28,7 +28,7 @@ from piadm.pictures import pixels
 CHROMIUM = (
     os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-SOON = 20_000  # milliseconds in which anything must have happened
+SOON = 60_000  # milliseconds in which anything must have happened
 
 browsing = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: name one in CHROMIUM")
 

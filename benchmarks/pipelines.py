@@ -27,6 +27,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import piadm
 from benchmarks import tables
 from piadm.diffusers import parallelize

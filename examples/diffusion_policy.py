@@ -1,4 +1,4 @@
-"""A diffusion policy plans 100 denoising steps in the time of about 20: latency before and after.
+"""A diffusion policy plans 100 denoising steps in fewer rounds: latency before and after.
 
 A robot sees where it stands, where it should go and where an obstacle is, and plans 16 positions that pass the obstacle on one
 side or the other. A small 1-D UNet of diffusers is trained here, on paths made up by a rule, for a minute: this is a toy, not a

@@ -266,6 +266,7 @@ BAD = [
     (("--target-kl", "0"), "--target-kl is 0.0", "above 0"),
     (("--target-kl", "1", "--scheduler", "ddim"), "--target-kl is 1.0", "steps without noise"),
     (("--target-kl", "1", "--sampler", "sequential"), "--target-kl is 1.0", "parallel"),
+    (("--target-kl", "1", "--tolerance", "0.1"), "--tolerance is 0.1", "--target-kl"),
     (("--seed", "-1"), "--seed is -1", "from 0"),
     (("--guidance-scale", "inf"), "--guidance-scale is inf", "finite"),
     (("--sampler", "piadm-sde", "--block", "11"), "--block is 11.0", "horizon"),

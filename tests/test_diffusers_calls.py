@@ -384,6 +384,87 @@ def test_a_loop_that_decides_by_the_timestep_is_refused_and_the_pipeline_restore
     assert fingerprint(pipe) == before
 
 
+class Counting(tiny.PolicyPipeline):
+    """Halves what its network says from the sixth step on; the counter is nowhere an `enumerate`'s."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions, i = torch.randn(len(observation), 2, 16, generator=generator), 0
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+            output = output if i < 5 else 0.5 * output
+            actions = self.scheduler.step(output, t, actions).prev_sample
+            i += 1  # noqa: SIM113
+        return (actions,)
+
+
+class Delegating(tiny.PolicyPipeline):
+    """The same, with the scheduler's step in a method of its own."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for i, t in enumerate(self.scheduler.timesteps):
+            actions = self.one(i, t, actions, observation)
+        return (actions,)
+
+    def one(self, i, t, actions, observation):
+        output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+        return self.scheduler.step(output if i < 5 else 0.5 * output, t, actions).prev_sample
+
+
+class Indexing(tiny.PolicyPipeline):
+    """Takes its timesteps by their number."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for n in range(num_inference_steps):
+            t = self.scheduler.timesteps[n]
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+            actions = self.scheduler.step(output, t, actions).prev_sample
+        return (actions,)
+
+
+class Listing(tiny.PolicyPipeline):
+    """Makes plain numbers of its timesteps."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps.tolist():
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+            actions = self.scheduler.step(output, t, actions).prev_sample
+        return (actions,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Counting, r"uses the number of the step, `output = output if i < 5"),
+        (Delegating, r"no `for` loop with `scheduler\.step\(`"),
+        (Indexing, r"uses the number of the step, `t = self\.scheduler\.timesteps\[i\]`"),
+        (Listing, r"without going over `scheduler\.timesteps`"),
+    ],
+)
+def test_loops_whose_steps_cannot_be_told_to_be_alike_are_refused(kind, message):
+    policy = tiny.policy()
+    with pytest.raises(UnsupportedError, match=message):
+        parallelize(kind(policy.unet, policy.scheduler), window=4)(torch.zeros(1, 4), generator=seeded())
+
+
+def test_a_loop_whose_source_is_gone_is_refused():
+    names = {"torch": torch, "Base": tiny.PolicyPipeline}
+    exec("class Unread(Base):\n    def __call__(self):\n        return self.scheduler.timesteps", names)
+    policy = tiny.policy()
+    with pytest.raises(UnsupportedError, match="in whose source no `for` loop"):
+        parallelize(names["Unread"](policy.unet, policy.scheduler))
+
+
 class NoisyPipeline(tiny.PolicyPipeline):
     """Draws random numbers in its loop."""
 

@@ -11,7 +11,7 @@ import torch
 
 import piadm
 from piadm.diffusers import UnsupportedError, probe
-from piadm.diffusers.probe import clipped
+from piadm.diffusers.probing import clipped
 from piadm.diffusers.scheduler import SchedulerNoise
 from tests.tiny import STABLE
 

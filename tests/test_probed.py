@@ -69,5 +69,5 @@ def test_what_cannot_be_probed_is_said():
     with pytest.raises(ValueError, match="probes"):
         piadm.Probed(denoiser, piadm.DDIM(5), (1, 4), probes=0)
     broken = piadm.Denoiser(lambda x, t: x * torch.nan, LINEAR, "sample")
-    with pytest.raises(piadm.NonFiniteError):
+    with pytest.raises(ValueError, match="`denoiser` returns NaN or infinity"):
         piadm.Probed(broken, piadm.DDIM(5), (1, 4))

@@ -557,6 +557,21 @@ def test_a_resumed_run_is_filmed_from_where_it_goes_on(tmp_path: Path) -> None:
     report(tmp_path / "out")
 
 
+@pytest.mark.parametrize("first", ["--report", None])
+def test_an_interrupted_run_is_resumed_with_a_report_or_without(tmp_path: Path, first: str | None) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(INTERRUPTED)
+    options = ("--model", f"{own}:points", "--num-samples", 3, "--num-inference-steps", 20, "--window", 4)
+    words = ["sample", "--no-progress", "--output", str(tmp_path / "out"), *map(str, options), *([first] if first else [])]
+    assert CliRunner().invoke(app, words).exit_code == 130
+    own.write_text(INTERRUPTED.replace('["once"]', "[]"))
+    kept = tmp_path / "out" / "checkpoint.safetensors"
+    run(tmp_path / "out", *options, "--resume", kept, *([] if first else ["--report"]))
+    run(tmp_path / "whole", *options)
+    resumed, whole = (load_file(tmp_path / name / "samples.safetensors")["samples"] for name in ("out", "whole"))
+    assert torch.equal(resumed, whole)
+
+
 def test_no_distance_is_told_as_rounding_not_as_nothing(spoilt: Callable[..., Path]) -> None:
     page = report(spoilt([0.0, 0.0, 0.0], "sequential", "rms_difference"))
     assert "the furthest is no more than rounding away" in page.text

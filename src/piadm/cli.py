@@ -33,7 +33,7 @@ from piadm.noise import Noise
 from piadm.pictures import is_image
 from piadm.planner import Method, Plan
 from piadm.planner import plan as make_plan
-from piadm.record import Run, distance, write_finished, write_run
+from piadm.record import Run, distance, forget_run, write_finished, write_run
 from piadm.report import write_report
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
@@ -330,7 +330,7 @@ def _run(
     filmed: dict[str, Any] = {} if film is None else {"callback": film.callback, **film.condition(samples)}
 
     console = Console(quiet=not leads)
-    sequential, cost = None, None
+    sequential, cost, drawn = None, None, False
     try:
         if resume is None:
             result = draw(sampler, checkpoint, **filmed)
@@ -340,7 +340,7 @@ def _run(
             seeds = Noise(source(), samples, 1, 1, source().device, torch.float32).seeds
             require(list(kept.seeds) == seeds, "seed", seed, "the run to resume has another")
             result = sampler.resume(resume, progress=progress and leads, **run.condition, **filmed)
-        cost = None if shards is None else shards.cost
+        cost, drawn = None if shards is None else shards.cost, True
         try:
             if compare:
                 console.print("once more, one step after the other:")
@@ -357,6 +357,8 @@ def _run(
         others = [row for row in range(samples) if row not in error.samples]
         if error.result is not None and leads:
             write_run(folder, replace(run, condition=cut(run.condition, others, samples)), error.result)
+        elif not drawn and leads:
+            forget_run(folder)
         path = write_finished(folder, run, error) if leads else folder
         _fail(
             f"the network returned NaN or infinity at step {error.step} in round {error.round} (samples {error.samples}); "
@@ -409,6 +411,8 @@ def _arguments(context: typer.Context, sampler: SamplerName, scheduler: Schedule
     }
     if scheduler is not SchedulerName.ddim:
         idle.setdefault("eta", "no use without --scheduler ddim")
+    if arguments["target_kl"] is not None:
+        idle.setdefault("tolerance", "no use with --target-kl, which takes its place")
     for name, remedy in idle.items():
         source = context.get_parameter_source(name)
         require(source is None or source.name == "DEFAULT", name, arguments.pop(name), remedy)

@@ -26,7 +26,13 @@ _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Executor(Wrapper):
-    """A wrapper that changes how the network is called and not what it says: it leaves no trace in a checkpoint."""
+    """A wrapper that changes how the network is called and not what it says: it leaves no trace in a checkpoint.
+
+    Attributes:
+        takes: Names of conditions that it keeps from the network.
+    """
+
+    takes: tuple[str, ...] = ()
 
 
 class MicroBatch(Executor):

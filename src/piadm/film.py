@@ -40,6 +40,8 @@ class Film(Executor):
         newest: Of each sample filmed, as the last round that saw it left it: the prediction and the finished state.
     """
 
+    takes = ("film_sample",)
+
     def __init__(self, denoiser: DenoiserLike) -> None:
         super().__init__(in_slices(denoiser))
         self._name = repr(denoiser)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from piadm.denoiser import DenoiserLike, Wrapper, check_condition, spread
-from piadm.errors import NonFiniteError, require, require_count
+from piadm.errors import require, require_count
 from piadm.inputs import read_home, read_shape
 from piadm.noise import GeneratorLike, read_generators
 from piadm.schemes import Scheme
@@ -40,8 +40,7 @@ class Probed(Wrapper):
         condition: Passed to the network; the probes are shared out among the batch's entries, and so are mean and variance.
 
     Raises:
-        ValueError: for a scheme all of whose steps have less noise than data.
-        NonFiniteError: if the network returns NaN or infinity.
+        ValueError: for a scheme all of whose steps have less noise than data, and if the network returns NaN or infinity.
     """
 
     @torch.no_grad()
@@ -74,8 +73,10 @@ class Probed(Wrapper):
         times = table.times[step : step + 1].to(home).expand(2 * probes)
         f = denoiser(torch.cat([probe, -probe]), times, **spread(condition, sample, shape[0]))
         if not bool(f.isfinite().all()):
-            bad = (~f.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-            raise NonFiniteError(step, 1, bad, torch.full((2 * probes,), step), torch.cat([probe, -probe]))
+            raise ValueError(
+                f"`denoiser` returns NaN or infinity for noise at step {step} of `scheme`, where the data's moments are asked "
+                "for: give them to the denoiser, mean=… and variance=…, or mend the network"
+            )
         plus, minus = f.chunk(2)
         gain = float(((plus - minus) * probe).sum() / (2 * probe.square().sum()))
         # an exact denoiser's gain lies between 0 and 1/α; a network's error may hide it, and then its variance stays as given

@@ -129,12 +129,8 @@ class Lane:
         """Steps that need no more rounds."""
         if self.result is not None:
             return self.steps
-        # the window that a round was about begins where the finished steps end; one step at a time, that step is finished too
-        return self.windows[-1][self._alone] if self.windows else 0
-
-    @property
-    def _alone(self) -> bool:
-        return isinstance(self.sampler, Sequential)
+        # a round's window begins where the finished steps end, and its first one is finished by it
+        return min(self.windows[-1][0] + 1, self.steps) if self.windows else 0
 
     @property
     def ahead(self) -> Tensor | None:

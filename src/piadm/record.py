@@ -33,6 +33,9 @@ from piadm.errors import NonFiniteError
 from piadm.pictures import draw_convergence, draw_samples, is_image
 from piadm.result import Result
 
+_BESIDES = ("samples.png", "convergence.png", "film.safetensors", "report.html", "finished.safetensors")
+"""What a run may have beside its record."""
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -68,9 +71,7 @@ def write_run(
     _save(folder / "samples.safetensors", tensors, run)
     with replacing(folder / "run.json") as path:
         path.write_text(_json(run, result, sequential), encoding="utf-8")
-    # a picture of an earlier run beside this record would pass for this run's
-    for name in ("samples.png", "convergence.png", "film.safetensors", "report.html", "finished.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    _forget(folder, *_BESIDES)
     if film is not None:
         _save(folder / "film.safetensors", film, run)
     if is_image(result.samples.shape[1:]):
@@ -82,11 +83,21 @@ def write_run(
             draw_convergence(path, result.steps, result.windows, residuals, run.title)
 
 
+def forget_run(folder: Path) -> None:
+    """Removes an earlier run's files, which would pass for those of the run that broke here."""
+    _forget(folder, "run.json", "samples.safetensors", *_BESIDES)
+
+
 def write_finished(folder: Path, run: Run, error: NonFiniteError) -> Path:
     """Writes what a run had finished when the network returned NaN or infinity."""
     path = folder / "finished.safetensors"
     _save(path, {"x": error.x, "finished": error.finished, **run.condition}, run)
     return path
+
+
+def _forget(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _json(run: Run, result: Result, sequential: Result | None) -> str:

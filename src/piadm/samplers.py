@@ -21,7 +21,7 @@ from piadm.checkpoint import Audit, Checkpoint, load
 from piadm.denoiser import DenoiserLike, check_condition, check_denoiser, spread
 from piadm.driver import Keeper, Place, rounds
 from piadm.errors import NonFiniteError, require, require_count, require_positive
-from piadm.executors import MicroBatch, in_slices, layers
+from piadm.executors import Executor, MicroBatch, in_slices, layers
 from piadm.fills import Fill, Jump
 from piadm.fingerprint import fingerprint
 from piadm.fixed import FixedBatch
@@ -83,7 +83,9 @@ class _Sampler:
 
     def _identity(self, condition: Mapping[str, Any]) -> dict[str, str]:
         """What a run is made of, in fingerprints."""
-        parts = {"sampler": self._kind, "scheme": self.table, "denoiser": self.denoiser, "conditions": condition}
+        taken = {name for layer in layers(self.denoiser) if isinstance(layer, Executor) for name in layer.takes}
+        told = {name: value for name, value in condition.items() if name not in taken}
+        parts = {"sampler": self._kind, "scheme": self.table, "denoiser": self.denoiser, "conditions": told}
         return {name: fingerprint(part) for name, part in parts.items()}
 
     def _reopen(self, checkpoint: Checkpoint | Place, condition: dict[str, Any]) -> tuple[Checkpoint, Noise]:

@@ -71,7 +71,7 @@ class Timing:
         return self.seconds[-1] * rows / self.rows[-1]
 
 
-_MEASURED: weakref.WeakKeyDictionary[object, dict[Hashable, Timing]] = weakref.WeakKeyDictionary()
+_MEASURED: dict[int, dict[Hashable, Timing]] = {}  # by identity: a denoiser need not be hashable
 
 
 def timing(owner: object, key: Hashable, call: Callable[[int], object], sizes: Sequence[int], steps: int) -> Timing:
@@ -84,7 +84,9 @@ def timing(owner: object, key: Hashable, call: Callable[[int], object], sizes: S
         sizes: Rows to try, rising.
         steps: Calls of a sequential run, of the first size.
     """
-    known = _MEASURED.setdefault(owner, {})
+    if id(owner) not in _MEASURED:
+        weakref.finalize(owner, _MEASURED.pop, id(owner), None)
+    known = _MEASURED.setdefault(id(owner), {})
     if key not in known:
         known[key] = _measure(call, sizes, steps)
     return known[key]

@@ -9,6 +9,6 @@ the steps of a window being a hidden dimension of its tensors (`piadm.diffusers.
 """
 
 from piadm.diffusers.pipeline import Parallelized, parallel, parallelize
-from piadm.diffusers.probe import Probe, UnsupportedError, probe
+from piadm.diffusers.probing import Probe, UnsupportedError, probe
 
 __all__ = ["Parallelized", "Probe", "UnsupportedError", "parallel", "parallelize", "probe"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from piadm.diffusers.probe import UnsupportedError
+from piadm.diffusers.probing import UnsupportedError
 from piadm.diffusers.slices import Answer, Slices
 
 Values = list[tuple[Tensor, bool]]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from piadm.diffusers.probe import UnsupportedError
+from piadm.diffusers.probing import UnsupportedError
 
 HARMLESS = (
     r"\bi (==|<) len\((self\.)?(scheduler\.)?\w*timesteps\w*\) - 1",  # is this the last step: see the noise below
@@ -65,7 +65,13 @@ def check_loop(pipeline: type) -> list[Guard]:
         UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow.
     """
     guards: list[Guard] = []
-    for loop, number in _loops(pipeline):
+    loops = list(_loops(pipeline))
+    if not loops:
+        raise UnsupportedError(
+            f"`pipe` is a {pipeline.__name__}, in whose source no `for` loop with `scheduler.step(` is found: whether its "
+            "steps depend on more than the timestep cannot be told; step the scheduler in a loop over its timesteps, in a file"
+        )
+    for loop, number in ((each, number) for each in loops for number in _numbers(each)):
         for text in _uses(loop, number):
             found = [guard for guard in GUARDS if re.search(guard.pattern, text)]
             guards += found
@@ -104,20 +110,48 @@ def _methods(pipeline: type) -> Iterator[ast.AST]:
             yield ast.parse(textwrap.dedent(source))
 
 
-def _loops(pipeline: type) -> Iterator[tuple[ast.For, str]]:
-    """Loops that step a scheduler, in any of a class's methods, with the name of their step number if they count."""
+def _loops(pipeline: type) -> Iterator[ast.For]:
+    """Loops that step a scheduler, in any of a class's methods."""
     for method in _methods(pipeline):
-        for node in ast.walk(method):
-            if not isinstance(node, ast.For) or "scheduler.step(" not in ast.unparse(node):
-                continue
-            counted = isinstance(node.iter, ast.Call) and ast.unparse(node.iter.func) == "enumerate"
-            if counted and isinstance(node.target, ast.Tuple) and isinstance(node.target.elts[0], ast.Name):
-                yield node, node.target.elts[0].id
+        yield from _within(method)
+
+
+def _within(part: ast.AST) -> Iterator[ast.For]:
+    for node in ast.walk(part):
+        if isinstance(node, ast.For) and "scheduler.step(" in ast.unparse(node):
+            yield node
+
+
+def _numbers(loop: ast.For) -> Iterator[str]:
+    """Names that count a loop's rounds: given by `enumerate` or `range`, or increased by one number each time."""
+    called = ast.unparse(loop.iter.func) if isinstance(loop.iter, ast.Call) else ""
+    first = loop.target.elts[0] if isinstance(loop.target, ast.Tuple) and called == "enumerate" else loop.target
+    if called == "enumerate" and isinstance(first, ast.Name):
+        yield first.id
+    if any(inner is not loop for inner in _within(loop)):
+        return  # one that counts whole runs
+    if called == "range" and isinstance(first, ast.Name):
+        yield first.id
+    yield from {name for node in ast.walk(loop) if (name := _counted(node)) is not None}
+
+
+def _counted(node: ast.AST) -> str | None:
+    """The name that a statement counts up or down."""
+    match node:
+        case ast.AugAssign(target=ast.Name(id=name), value=ast.Constant(value=int())):
+            return name
+        case ast.Assign(
+            targets=[ast.Name(id=name)], value=ast.BinOp(left=ast.Name(id=same), right=ast.Constant(value=int()))
+        ) if name == same:
+            return name
+    return None
 
 
 def _uses(loop: ast.For, number: str) -> Iterator[str]:
     """The smallest statements, and the heads of compound ones, that mention the step number; it is renamed `i`."""
     for node in ast.walk(loop):
+        if _counted(node) == number:
+            continue
         match node:
             case ast.If() | ast.While():
                 part: ast.AST = node.test

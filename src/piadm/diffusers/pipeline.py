@@ -17,7 +17,7 @@ from piadm.certificate import EXACT
 from piadm.denoiser import require_moments
 from piadm.diffusers.lanes import Lanes, Network
 from piadm.diffusers.loop import check_loop, loops_once
-from piadm.diffusers.probe import Probe, UnsupportedError, check_scheduler, probe
+from piadm.diffusers.probing import Probe, UnsupportedError, check_scheduler, probe
 from piadm.diffusers.progress import Bar
 from piadm.diffusers.run import Run, Settings
 from piadm.diffusers.scheduler import in_lanes, recorded

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from piadm.certificate import EXACT, Certificate
 from piadm.diffusers.lanes import Lanes, Network, Values
-from piadm.diffusers.probe import Probe, UnsupportedError, clipped, probe
+from piadm.diffusers.probing import Probe, UnsupportedError, clipped, probe
 from piadm.diffusers.scheduler import SchedulerNoise, out_of_lanes
 from piadm.diffusers.slices import Slices
 from piadm.errors import NonFiniteError
@@ -158,6 +158,11 @@ class Run:
             raise UnsupportedError(
                 "random numbers were drawn inside the pipeline's loop, by other than its scheduler: they would depend on the "
                 "window, not on the step (networks left in training mode do that, too: call .eval())"
+            )
+        if self.plain is None:
+            raise UnsupportedError(
+                "`pipe` steps its scheduler without going over `scheduler.timesteps` itself: a window of steps takes the place "
+                "of each timestep there, so an index or a list of numbers in its stead cannot be followed"
             )
         if self.state is None:
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from piadm.diffusers.probe import Probe, first_output, memory, remember
+from piadm.diffusers.probing import Probe, first_output, memory, remember
 from piadm.noise import derived_seed, read_generators
 
 

@@ -5,7 +5,6 @@ The page is served on the loopback address, and neither it nor its server asks a
 
 from __future__ import annotations
 
-import base64
 import re
 import threading
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from piadm.errors import require, require_count
 from piadm.exact import Exact
 from piadm.exponential import ExponentialSDE
 from piadm.film import SAMPLES
-from piadm.pictures import heat_image, pixels, png
+from piadm.pictures import address, heat_image, pixels, png
 from piadm.racing import Draw, Lane, Turns, race
 from piadm.record import distance
 from piadm.samplers import Parallel, Sequential
@@ -291,10 +290,6 @@ def _said(text: str) -> str:
     return str(Markup('<p role="status">{}</p>').format(text)) if text else ""
 
 
-def _data(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
-
-
 def _empty(title: str) -> str:
     return str(Markup('<h3>{}</h3><div class="images"></div>').format(title))
 
@@ -316,7 +311,7 @@ def _lane(lane: Lane) -> str:
 def _figure(images: Tensor, told: str) -> Markup:
     picture = pixels(images)
     row = picture.swapaxes(0, 1).reshape(picture.shape[1], -1, 3)
-    return Markup('<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>').format(_data(png(row)), told, told)
+    return Markup('<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>').format(address(png(row)), told, told)
 
 
 def _map(lane: Lane) -> str:
@@ -335,5 +330,5 @@ def _map(lane: Lane) -> str:
     )
     points = " ".join(f"{x},{y}" for x, y in corners)
     return str(
-        whole.format(_data(png(image)), lane.steps, lane.rounds, points, lane.steps, lane.rounds, f"{low:.1g}", f"{high:.1g}")
+        whole.format(address(png(image)), lane.steps, lane.rounds, points, lane.steps, lane.rounds, f"{low:.1g}", f"{high:.1g}")
     )

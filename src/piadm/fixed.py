@@ -17,7 +17,8 @@ class FixedBatch(Executor):
 
     The number of rows changes from round to round (samples slide apart, the last window narrows). `torch.compile` compiles
     anew for each, and a CUDA graph (`mode="reduce-overhead"`) is recorded for each; with this, once. What the copies cost is
-    at most one call's rows a round.
+    at most one call's rows a round. Calls of another size are what it is there to avoid, so where memory runs out it does not
+    halve them, as samplers do elsewhere: give a smaller `size`.
 
     Arguments:
         denoiser: The denoiser, its network compiled or not.

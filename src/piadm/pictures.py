@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -163,6 +164,11 @@ def png(image: np.ndarray[Any, Any]) -> bytes:
     file = BytesIO()
     imsave(file, image, format="png", metadata=nothing)
     return file.getvalue()
+
+
+def address(picture: bytes) -> str:
+    """A PNG file as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def pixels(images: Tensor) -> np.ndarray[Any, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from piadm import words
 from piadm.models import LABELS
-from piadm.pictures import PAGE, convergence, emerging, inline_svg, is_image, pixels, png, values
+from piadm.pictures import PAGE, address, convergence, emerging, inline_svg, is_image, pixels, png, values
 from piadm.record import replacing
 from piadm.recorded import Cost, Recorded, read_run
 
@@ -101,7 +101,7 @@ def render_tables(
         title,
         about=about,
         tables={name: table(rows) for name, rows in tables.items() if rows},
-        picture=None if picture is None else _data(picture),
+        picture=None if picture is None else address(picture),
     )
 
 
@@ -148,14 +148,9 @@ def _captions(run: Recorded, count: int) -> list[str]:
 def _images(run: Recorded) -> list[dict[str, str]]:
     samples = run.samples[:IMAGES]
     return [
-        {"source": _data(png(image)), "caption": caption}
+        {"source": address(png(image)), "caption": caption}
         for image, caption in zip(pixels(samples), _captions(run, len(samples)), strict=True)
     ]
-
-
-def _data(picture: bytes) -> str:
-    """A PNG as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def _table(run: Recorded, flat: Tensor) -> list[dict[str, Any]]:
@@ -183,7 +178,7 @@ def _film(run: Recorded, film: Mapping[str, Tensor]) -> dict[str, Any]:
     sprite = pair.transpose(0, 3, 1, 2, 4, 5).reshape(frames * height, samples * 2 * width, 3)
     told = [_moment(run, round) for round in film["rounds"].tolist()]
     return {
-        "sprite": _data(png(sprite)),
+        "sprite": address(png(sprite)),
         "rows": frames,
         "columns": 2 * samples,
         "samples": samples,

@@ -84,7 +84,8 @@ class Parallelized:
 
     Attributes:
         pipe: The pipeline.
-        last_result: The `Result` of the last call: final latents, rounds, evaluations, residuals; `None` before.
+        last_result: The `Result` of the last call: final latents, rounds, evaluations, residuals; `None` before,
+            and after a call that an exception or an interruption ended.
     """
 
     pipe: Any

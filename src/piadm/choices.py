@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,12 +61,10 @@ def make_scheme(scheduler: SchedulerName, denoiser: DenoiserLike, steps: int, et
             return scheme
 
 
-def make_published(
-    name: SamplerName, denoiser: DenoiserLike, steps: int, horizon: float, block: float, early_stop: float, iterations: int
-) -> Parallel:
-    """The paper's samplers with about `steps` steps."""
+def make_published(name: SamplerName, denoiser: DenoiserLike, steps: int, **settings: Any) -> Parallel:
+    """The paper's samplers with about `steps` steps; `settings` as of `PIADMSDE.with_steps`."""
     sampler = PIADMSDE if name is SamplerName.piadm_sde else PIADMODE
-    return sampler.with_steps(denoiser, steps, horizon=horizon, block=block, early_stop=early_stop, iterations=iterations)
+    return sampler.with_steps(denoiser, steps, **settings)
 
 
 def read_condition(label: str | None, samples: int, embedded: bool, denoiser: DenoiserLike) -> dict[str, Tensor]:

@@ -163,7 +163,8 @@ def sample(
         chosen: Parallel | Sequential
         fit: _Fit = {"window": read_window(window), "max_memory": _memory(max_memory)}
         if sampler in PAPERS:
-            chosen = make_published(sampler, denoiser, num_inference_steps, horizon, block, early_stop, iterations)
+            grid = {"horizon": horizon, "block": block, "early_stop": early_stop}
+            chosen = make_published(sampler, denoiser, num_inference_steps, iterations=iterations, **grid)
         elif sampler is SamplerName.parallel:
             scheme = make_scheme(scheduler, denoiser, num_inference_steps, eta)
             chosen = Parallel(denoiser, scheme, tolerance=tolerance, target_kl=target_kl, **fit)

@@ -22,7 +22,6 @@ from piadm.choices import PAPERS, SamplerName, SchedulerName, make_published, ma
 from piadm.denoiser import Denoiser, DenoiserLike
 from piadm.errors import require, require_count
 from piadm.exact import Exact
-from piadm.exponential import ExponentialSDE
 from piadm.film import SAMPLES
 from piadm.pictures import address, heat_image, pixels, png
 from piadm.racing import Draw, Lane, Turns, race
@@ -35,8 +34,6 @@ WAITING = 2
 """Races that may wait for one of them to end; more are turned away."""
 COLUMNS = 500
 """Pixels across the convergence map, at most."""
-ROUNDS = 24
-"""Rounds of a block, of the paper's samplers."""
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _CSS = """
 .gradio-container { max-width: 66rem !important; margin: 0 auto !important; }
@@ -258,8 +255,7 @@ def _lanes(
 
     def make(wrapped: DenoiserLike) -> Parallel:
         if name in PAPERS:
-            scheme = ExponentialSDE
-            return make_published(name, wrapped, whole, scheme.horizon, scheme.block, scheme.early_stop, ROUNDS)
+            return make_published(name, wrapped, whole)
         kind = Exact if name is SamplerName.exact else Parallel
         return kind(wrapped, make_scheme(SchedulerName(scheduler), wrapped, whole, 0.0), window=width)
 

@@ -95,10 +95,10 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
     )
     noise = _Impulses(len(variance), len(table), table.components)
     per_coordinate = noise.count * len(variance)
-    scale = per_coordinate / (len(variance) if dimension is None else dimension)
-    target = None if sampler.target_kl is None else sampler.target_kl * scale
+    size = len(variance) if dimension is None else dimension
+    target = None if sampler.target_kl is None else sampler.target_kl * (per_coordinate / size)
     policies = sampler.propagator, sampler.window, sampler.fill, sampler.tolerance, told.variance
-    solver = Solver(table, noise, *policies, target_kl=target, keep=sampler.audit, size=dimension or len(variance))
+    solver = Solver(table, noise, *policies, target_kl=target, keep=sampler.audit, size=size)
     denoiser = Gaussian(0.0, variance.repeat_interleave(noise.count), schedule=told.schedule)
 
     def network(request: Request) -> Tensor:

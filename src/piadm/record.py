@@ -117,7 +117,7 @@ def _json(run: Run, result: Result, sequential: Result | None) -> str:
             "converged": result.converged,
             "error": _rounded(result.error.tolist()),
             "acceptance": _acceptance(result),
-            "choice": None if result.choice is None else _rounded_values(vars(result.choice)),
+            "choice": _choice(result),
         },
         "sequential": None,
     }
@@ -141,8 +141,9 @@ def _acceptance(result: Result) -> dict[str, list[int]] | None:
     return None if counts is None else {name: value.tolist() for name, value in vars(counts).items()}
 
 
-def _rounded_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _rounded(value) for name, value in values.items()}
+def _choice(result: Result) -> dict[str, float] | None:
+    choice = result.choice
+    return None if choice is None else {name: _rounded(value) for name, value in vars(choice).items()}
 
 
 def _figures(result: Result) -> dict[str, Any]:

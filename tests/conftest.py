@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# the files run side by side (`-n auto`): processes that each use every core are in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 

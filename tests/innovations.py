@@ -68,7 +68,7 @@ def observe(
         request = one.request(state)
         answer = network(request)
         after = one.update(state, answer)
-        steps, valid = one._lanes(state)
+        steps, valid = state.placement.steps.clamp(max=total - 1), state.placement.valid
         f = torch.zeros(*valid.shape, size, dtype=dtype)
         f[valid] = answer
         mean = one._rows_at(state.start, len(valid)).step(state.x[:-1], f, None)

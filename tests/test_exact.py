@@ -389,7 +389,7 @@ def test_finished_states_stay_as_they_are_and_every_draft_is_its_mean_with_its_n
     solver = SpeculativeSolver(table, noise, Secant(1.0), Sliding(5), piadm.fills.Jump(0.0, 1.0), 1.0, 1.0, threshold=ALWAYS)
     state = solver.init(noise.start())
     while not state.done:
-        steps, _ = solver._lanes(state)
+        steps = state.placement.steps.clamp(max=len(solver.table) - 1)
         C = table.C[steps, 0, 0].float()
         assert torch.equal(state.x[1:, 0], state.mean[:, 0] + C[..., None] * state.noise[:, 0])
         request = solver.request(state)

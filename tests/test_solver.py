@@ -478,11 +478,12 @@ branches = pytest.mark.parametrize("branch", [0, 10**9], ids=["loop", "scan"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, D), (S, D)], ids=["one J", "J per coordinate", "J per number"])
 def test_loop_and_scan_are_the_forward_substitution(monkeypatch, branch, dtype, k, width, shape):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
     g = generator(width)
     phi, x = torch.randn(width, k, S, D, generator=g), torch.randn(width + 1, k, S, D, generator=g)
     jacobian = torch.randn(width, k, k, *shape, generator=g)
     phi, x, jacobian = phi.to(dtype), x.to(dtype), jacobian.to(dtype)
-    found = piadm.sweep.sweep(phi, jacobian, x)
+    found, _ = piadm.sweep.sweep(phi, jacobian, x)
     expected, size = sweep_in_float64(phi, jacobian, x)
     # every term passes at most (k + 2) W roundings on its way, in whatever order terms are joined
     bound = (k + 2) * (width + 1) * torch.finfo(dtype).eps * size
@@ -504,10 +505,11 @@ EXTREME = {
 @pytest.mark.parametrize("factors", EXTREME.values(), ids=list(EXTREME))
 def test_sweep_survives_products_of_j_that_vanish_or_alternate_between_extremes(monkeypatch, branch, k, factors):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
     width, g = len(factors), generator(1)
     phi, x = torch.rand(width, k, S, D, generator=g), torch.rand(width + 1, k, S, D, generator=g)
     jacobian = torch.tensor(factors)[:, None, None, None, None] * torch.eye(k)[None, :, :, None, None]
-    found = piadm.sweep.sweep(phi, jacobian, x)
+    found, _ = piadm.sweep.sweep(phi, jacobian, x)
     expected, size = sweep_in_float64(phi, jacobian, x)
     assert found.isfinite().all()
     bound = (k + 2) * (width + 1) * torch.finfo(torch.float32).eps * size
@@ -517,11 +519,12 @@ def test_sweep_survives_products_of_j_that_vanish_or_alternate_between_extremes(
 @branches
 def test_where_nothing_changed_the_sweep_returns_phi_to_the_last_bit(monkeypatch, branch):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
     g = generator(2)
     phi, jacobian = torch.randn(9, 2, S, D, generator=g), torch.randn(9, 2, 2, S, D, generator=g)
     x = torch.cat([torch.randn(1, 2, S, D, generator=g), phi])
     x[6:] += 1  # the first five states agree with Φ of the ones before them
-    found = piadm.sweep.sweep(phi, jacobian, x)
+    found, _ = piadm.sweep.sweep(phi, jacobian, x)
     assert torch.equal(found[:7], torch.cat([x[:1], phi[:6]]))
     assert not torch.equal(found[7:], phi[6:])
 
@@ -529,8 +532,9 @@ def test_where_nothing_changed_the_sweep_returns_phi_to_the_last_bit(monkeypatch
 @pytest.mark.parametrize("branch", [0, 10**9], ids=["loop", "scan"])
 def test_sweep_survives_products_of_j_that_overflow_where_no_change_meets_them(monkeypatch, branch):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
     jacobian = torch.tensor([1.0] + [1e30] * 4 + [1.0])[:, None, None, None, None]
-    found = piadm.sweep.sweep(torch.ones(6, 1, 1, 1), jacobian, torch.ones(7, 1, 1, 1))
+    found, _ = piadm.sweep.sweep(torch.ones(6, 1, 1, 1), jacobian, torch.ones(7, 1, 1, 1))
     assert torch.equal(found, torch.ones(7, 1, 1, 1))
 
 

@@ -199,7 +199,7 @@ class Checkpoint:
 
     def to(self, device: torch.device) -> Checkpoint:
         """With the state on a device."""
-        tensors = {name: v for name, v in vars(self.state).items() if isinstance(v, Tensor) and name not in ON_CPU}
+        tensors = {name: v for name, v in self.state.parts().items() if isinstance(v, Tensor) and name not in ON_CPU}
         moved: dict[str, Any] = {name: v.to(device) for name, v in tensors.items()}
         audit = replace(self.audit, nats=self.audit.nats.to(device), drift=self.audit.drift.to(device))
         return replace(self, state=replace(self.state, **moved), audit=audit)
@@ -208,7 +208,7 @@ class Checkpoint:
 def take(state: State, samples: Tensor) -> State:
     """The state of some samples of the batch."""
     picked: dict[str, Any] = {}
-    for name, value in vars(state).items():
+    for name, value in state.parts().items():
         if isinstance(value, Tensor):
             picked[name] = value.index_select(SAMPLE_AXIS[name], samples.to(value.device))
     return replace(state, **picked)
@@ -218,7 +218,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     """Writes a checkpoint over an earlier one: atomically, so that there is always a whole one."""
     from safetensors.torch import save as serialize
 
-    entries = {f"state.{name}": value for name, value in vars(checkpoint.state).items()}
+    entries = {f"state.{name}": value for name, value in checkpoint.state.parts().items()}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     tensors["alive"] = checkpoint.alive
     tensors |= {f"audit.{name}": getattr(checkpoint.audit, name) for name in ("nats", "drift", "steps")}
@@ -300,7 +300,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
     entries.update({name.removeprefix("state."): value for name, value in header["state"].items()})
     state = KINDS[header["kind"]](**{**entries, "window": tuple(entries["window"])})
     alive = tensors["alive"]
-    for name, value in vars(state).items():
+    for name, value in state.parts().items():
         if isinstance(value, Tensor) and value.shape[SAMPLE_AXIS[name]] != len(alive):
             raise ValueError(f"{name} has shape {tuple(value.shape)} for {len(alive)} samples")
     audit = Audit(tensors["audit.nats"], tensors["audit.drift"], tensors["audit.steps"], header["audits"])

@@ -19,9 +19,10 @@ as they are while $\sum_{j \le m} ‖δ_j‖^2 / (2 C_j^2) \le κ (m + 1)/M$, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ from piadm.certificate import information
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import NoiseSource
+from piadm.placement import Placement, pick, same
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
-from piadm.stopping import CAUTION, SAFETY, apparent_variance, misfit, rms, sensitivity, total_variance
-from piadm.sweep import sweep
+from piadm.stopping import CAUTION, SAFETY, apparent_variance, mean_variance, misfit, rms, sensitivity
+from piadm.sweep import carry, sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
 
@@ -108,7 +110,7 @@ class State:
             error=x.new_zeros(samples),
             nats=x.new_zeros(samples),
             drift=x.new_zeros(samples),
-            variance=x.new_full((samples,), total_variance(variance, size or x.shape[1])),
+            variance=x.new_full((samples,), mean_variance(variance) * (size or x.shape[1])),
             residual=x.new_zeros(0, samples),
             window=(0, 0),
             rounds=0,
@@ -117,6 +119,15 @@ class State:
             done=False,
             left=None,
         )
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where the window's steps are."""
+        return Placement(self.start, self.stop, len(self.x) - 1)
+
+    def parts(self) -> dict[str, Any]:
+        """What it is made of, by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def finished(self) -> Tensor:
         """The last finished state of every sample, shape `(S, D)`."""
@@ -171,6 +182,16 @@ class Solver:
         return sensitivity(self.table, self.variance).to(self.noise.device, self.noise.dtype)
 
     @cached_property
+    def _mean_variance(self) -> float:
+        return mean_variance(self.variance)
+
+    @cached_property
+    def _allowance(self) -> Tensor:
+        """What the steps up to each may cost, shape `(M,)`."""
+        share = torch.arange(1, len(self.table) + 1, dtype=torch.float64) / len(self.table)
+        return (self.tolerance * share.sqrt()).to(self._weights)
+
+    @cached_property
     def _information(self) -> Tensor:
         """$1/(2 C_m^2)$ by step, 0 where the certificate says nothing."""
         known = information(self.table)
@@ -183,16 +204,14 @@ class Solver:
 
     def request(self, state: State) -> Request:
         """The rows of the next round."""
-        steps, valid = self._lanes(state)
-        inputs = state.x[:-1, 0]
-        samples = torch.arange(inputs.shape[1]).expand_as(valid)
-        device = inputs.device
-        if bool(valid.all()):
-            return Request(inputs.flatten(0, 1), self._times[steps.flatten().to(device)], samples.flatten())
-        rows = valid.flatten()
-        return Request(
-            inputs.flatten(0, 1)[rows.to(device)], self._times[steps.flatten()[rows].to(device)], samples.flatten()[rows]
-        )
+        placed, inputs = state.placement, state.x[:-1, 0]
+        samples = torch.arange(inputs.shape[1])
+        if placed.together:
+            times = self._times[placed.low : placed.high].repeat_interleave(len(samples))
+            return Request(inputs.flatten(0, 1), times, samples.repeat(placed.count))
+        rows = placed.valid.flatten()
+        steps = placed.steps.flatten()[rows].to(inputs.device)
+        return Request(inputs.flatten(0, 1)[rows.to(inputs.device)], self._times[steps], samples.repeat(placed.count)[rows])
 
     def update(self, state: State, f: Tensor) -> State:
         """The state after a round, given the network's answers to `request`, shape `(R, D)`.
@@ -204,65 +223,59 @@ class Solver:
             NonFiniteError: if the sequential run breaks there too: at the first step of a sample's window, whose state is
                 exact, or where the window's rounds are over.
         """
-        steps, valid = self._lanes(state)
-        count = len(valid)
-        device, x = state.x.device, state.x
-        evaluations = state.evaluations + valid.sum(0)
-        f = dense(f, valid)
-        rows = self._rows_at(state.start, count)
+        f, x = state.placement.dense(f), state.x
+        evaluations = state.evaluations + (state.stop - state.start)
+        rows = self._rows_at(state.start, state.placement.count)
         phi = rows.step(x[:-1], f, state.noise)
-        state, valid, f = self._sound(state, valid, f, phi)
-        inside = valid.to(device)
-        low, high = int(state.start.min()), int(state.stop.max())
+        state, f = self._sound(state, f, phi)
+        placed = state.placement
         defect = rms(phi - x[1:])
-        residual = by_step(defect, steps, valid, low, high)
-        pair = None
+        pair, step = None, x[:-1]
         if state.rounds > 0:
-            pair = Pair(x[:-1, 0] - state.x_seen[:, 0], f - state.f_seen, state.seen & inside)
+            step = x[:-1] - state.x_seen
+            pair = Pair(step[:, 0], f - state.f_seen, placed.only(state.seen))
         kept = None
         if self.target_kl is not None:
-            kept = self._within(self.target_kl, state, steps, defect, inside)
+            kept = self._within(self.target_kl, state, defect)
             phi = torch.where(kept[:, None, :, None], x[1:], phi)
         jacobian = self.propagator.jacobian(rows, pair)
-        new = sweep(phi, jacobian, x)
+        new, change = sweep(phi, jacobian, x)
         variance, numbers = state.variance[None], self.size or x.shape[-1]
         if pair is not None:
-            variance = apparent_variance(rows, pair, state.variance, total_variance(self.variance, numbers))
+            variance = apparent_variance(rows, pair, state.variance, self._mean_variance * numbers)
         if kept is not None:
-            carried = self._spent(state, steps, defect.masked_fill(~kept, 0.0), 1.0, 1.0)
-            accepted = kept.long().sum(0).cpu() + 1
+            carried = self._spent(state, defect.masked_fill(~kept, 0.0), 1.0, 1.0)
+            within = kept.roll(1, 0)
         else:
-            step = x[:-1] if pair is None else x[:-1] - state.x_seen
-            change = rms(new[:-1] - x[:-1])
+            moved = rms(change)
             # a model that overflowed says nothing against a state that did not change
-            size = torch.where(change == 0, 0.0, misfit(rows, jacobian, variance, pair, step, numbers) * change)
-            carried = self._spent(state, steps, size.masked_fill(~inside, 0.0), SAFETY, CAUTION)
-            share = (steps + 1).to(size) / len(self.table)
-            over = ~(carried[0] <= self.tolerance * share.sqrt()) | ~inside  # an estimate that is NaN accepts nothing
-            over[0] = False
-            accepted = torch.cumprod((~over).long(), 0).sum(0).cpu()
+            size = torch.where(moved == 0, 0.0, misfit(rows, jacobian, variance, pair, step, numbers) * moved)
+            carried = self._spent(state, size, SAFETY, CAUTION)
+            within = carried[0] <= placed.of_step(self._allowance)  # an estimate that is NaN accepts nothing
+        within[0] = True
+        accepted = within.long().cumprod(0).sum(0).cpu()
         after = replace(
             state,
-            seen=inside,
+            seen=placed.only(torch.ones_like(state.seen)),
             x_seen=x[:-1],
             f_seen=f,
             variance=variance[-1],
-            residual=residual,
-            window=(low, high),
+            residual=placed.by_step(defect),
+            window=(placed.low, placed.high),
             rounds=state.rounds + 1,
             evaluations=evaluations,
-            newest=pick(f, (state.stop - state.start - 1)[None])[0],
+            newest=pick(f, [stop - start - 1 for start, stop in zip(placed.starts, placed.stops, strict=True)], 1)[0],
             left=None,
         )
         before = torch.stack([state.error, state.nats, state.drift])[:, None]
         # a finished sample has no lanes; its accepted count of 1 is clamped to the table's end
-        ready = (state.start + accepted).minimum(torch.full_like(state.start, len(self.table))).minimum(state.stop)
-        moved = self._advance(after, ready, new, torch.cat([before, carried], dim=1))
-        gone = int((moved.start - state.start).max())
+        ready = (state.start + accepted).minimum(state.stop)
+        after = self._advance(after, ready, new, torch.cat([before, carried], dim=1))
+        gone = int((after.start - state.start).max())
         if not self.keep or gone == 0:
-            return moved
+            return after
         noise = None if state.noise is None else state.noise[:gone]
-        return replace(moved, left=replace(state, stop=moved.start, x=new[: gone + 1], noise=noise, left=None))
+        return replace(after, left=replace(state, stop=after.start, x=new[: gone + 1], noise=noise, left=None))
 
     def measure(self, left: State, f: Tensor) -> tuple[Tensor, Tensor]:
         r"""The defects of steps that have left, measured, given the network's answers to `request(left)`.
@@ -271,38 +284,34 @@ class Solver:
             Their $\sum_m ‖δ_m‖^2 / (2 C_m^2)$ and what noiseless ones add to `drift`, both of shape `(S,)`; infinite if the
             network is not finite there.
         """
-        steps, valid = self._lanes(left)
-        rows = self._rows_at(left.start, len(valid))
-        size = rms(rows.step(left.x[:-1], dense(f, valid), left.noise) - left.x[1:]).nan_to_num(torch.inf, posinf=torch.inf)
+        placed = left.placement
+        rows = self._rows_at(left.start, placed.count)
+        size = rms(rows.step(left.x[:-1], placed.dense(f), left.noise) - left.x[1:])
+        size = size.nan_to_num(torch.inf, posinf=torch.inf).masked_fill(~placed.valid.to(size.device), 0.0)
         blank = replace(left, error=0 * left.error, nats=0 * left.nats, drift=0 * left.drift)
-        _, nats, drift = self._spent(blank, steps, size.masked_fill(~valid.to(size.device), 0.0), 1.0, 1.0)[:, -1]
+        _, nats, drift = self._spent(blank, size, 1.0, 1.0)[:, -1]
         return nats, drift
 
-    def _within(self, target: float, state: State, steps: Tensor, defect: Tensor, inside: Tensor) -> Tensor:
+    def _within(self, target: float, state: State, defect: Tensor) -> Tensor:
         """Which states of the window stay as they are because their measured defects are within the target, `(W, S)`."""
-        information = self._information[steps.to(defect.device)]
+        information = state.placement.of_step(self._information)
         nats = state.nats + (information * defect.square() * state.x[0, :, 0].numel()).cumsum(0)
-        share = (steps + 1).to(defect) / len(self.table)
+        share = state.placement.of_step(torch.arange(1, len(self.table) + 1) / len(self.table)).to(defect)
         # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
-        kept = (nats <= target * share) & (information > 0) & state.seen & inside
+        kept = (nats <= target * share) & (information > 0) & state.placement.only(state.seen)
         return torch.cumprod(kept.long(), 0).bool()
 
-    def _spent(self, state: State, steps: Tensor, size: Tensor, safety: float, caution: float) -> Tensor:
+    def _spent(self, state: State, size: Tensor, safety: float, caution: float) -> Tensor:
         """`error`, `nats` and `drift` after each step of the window, for defects of rms `size`, `(W, S)`; `(3, W, S)`.
 
         Estimated ones are multiplied by `safety` for the samples' error, by `caution` for the law's.
         """
-        steps = steps.to(size.device)
-        information, cost = self._information[steps], safety * self._weights[steps] * size
-        nats = torch.where(information > 0, information * (caution * size).square() * state.x[0, :, 0].numel(), 0.0)
-        drift = cost.masked_fill(information > 0, 0.0)
-        return torch.stack(
-            [
-                torch.hypot(state.error, cost.cumsum(0)),
-                state.nats + nats.cumsum(0),
-                torch.hypot(state.drift, drift.cumsum(0)),
-            ]
-        )
+        information, weights = (state.placement.of_step(values) for values in (self._information, self._weights))
+        cost, noisy = safety * weights * size, information > 0
+        nats = torch.where(noisy, information * (caution * size).square() * state.x[0, :, 0].numel(), 0.0)
+        sums = torch.stack([cost, nats, cost.masked_fill(noisy, 0.0)]).cumsum(1)
+        error, drift = torch.hypot(state.error, sums[0]), torch.hypot(state.drift, sums[2])
+        return torch.stack([error, state.nats + sums[1], drift])
 
     def prediction(self, state: State) -> Tensor:
         """Finished samples, and for the others the newest prediction of $x_0$ from their window's end, shape `(S, D)`."""
@@ -315,17 +324,11 @@ class Solver:
         """What became of the run's tests; `None` for a solver that makes none."""
         return None
 
-    def _lanes(self, state: State) -> tuple[Tensor, Tensor]:
-        """Step of each lane, clamped to the table, and whether it lies in its sample's window; `(W, S)`, on the CPU."""
-        count = len(state.x) - 1
-        steps = state.start + torch.arange(count)[:, None]
-        return steps.clamp(max=len(self.table) - 1), steps < state.stop
-
-    def _sound(self, state: S, valid: Tensor, f: Tensor, after: Tensor) -> tuple[S, Tensor, Tensor]:
-        """State, lanes and $f$ with each window ending before the first step whose result, `(W, k, S, D)`, is not finite."""
-        if bool(after.sum().isfinite()) or bool(after.isfinite().all()):
-            return state, valid, f
-        good = after.isfinite().all(-1).all(1).cpu() | ~valid
+    def _sound(self, state: S, f: Tensor, after: Tensor) -> tuple[S, Tensor]:
+        """State and $f$ with each window ending before the first step whose result, `(W, k, S, D)`, is not finite."""
+        if math.isfinite(float(after.sum())) or bool(after.isfinite().all()):
+            return state, f
+        good = after.isfinite().all(-1).all(1).cpu() | ~state.placement.valid
         stop = torch.minimum(state.stop, state.start + good.long().cumprod(0).sum(0))
         leaves = self.window.advance(self.table, state.rounds + 1, state.start)[0] > stop
         failed = ((stop == state.start) & (state.start < state.stop)) | leaves
@@ -333,13 +336,13 @@ class Solver:
             samples = failed.nonzero().flatten().tolist()
             raise NonFiniteError(int(stop[failed].min()), state.rounds + 1, samples, state.start, state.finished())
         state = replace(state, stop=stop)
-        valid = self._lanes(state)[1]
-        return state, valid, torch.where(valid.to(f.device)[..., None], f, 0.0)
+        return state, torch.where(state.placement.valid.to(f.device)[..., None], f, 0.0)
 
     def _rows_at(self, start: Tensor, count: int) -> Rows:
-        shared = _shared(start)
-        if shared is not None and shared + count <= len(self.table):
-            return self._rows.cut(shared, shared + count)
+        """The rows of `count` steps from `start` on, those beyond the table's end being its last."""
+        starts = start.tolist()
+        if same(starts) and starts[0] + count <= len(self.table):
+            return self._rows.cut(starts[0], starts[0] + count)
         index = (start + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
         return self._rows.take(index.to(self.noise.device))
 
@@ -349,80 +352,51 @@ class Solver:
         `x`: the swept states, `(W + 1, k, S, D)`; `carried`: `error`, `nats` and `drift` at each of them, `(3, W + 1, S)`.
         """
         start, stop = self.window.advance(self.table, state.rounds, ready)
-        shift, count = start - state.start, int((stop - start).max())
-        known = state.stop - start  # lanes that stay
-        lanes = torch.arange(count + 1)[:, None] + shift
-        x = pick(x, torch.minimum(lanes, state.stop - state.start))
-        noise = None if state.noise is None else pick(state.noise, lanes[:-1])
-        error, nats, drift = carried.gather(1, shift.to(x.device).expand(3, 1, -1))[:, 0]
-        moved = replace(
+        old = state.placement
+        placed = Placement(start, stop, int((stop - start).max()))
+        shift = [after - before for before, after in zip(old.starts, placed.starts, strict=True)]
+        known = [before - after for before, after in zip(old.stops, placed.starts, strict=True)]  # lanes that stay
+        last = [end - begin for begin, end in zip(old.starts, old.stops, strict=True)]
+        if same(shift):
+            carried = carried[:, shift[0]]
+        else:
+            carried = carried.gather(1, torch.tensor(shift, device=x.device).expand(3, 1, -1))[:, 0]
+        state = replace(
             state,
             start=start,
             stop=stop,
-            x=x,
-            noise=noise,
-            error=error,
-            nats=nats,
-            drift=drift,
-            done=bool((start == len(self.table)).all()),
-            seen=(torch.arange(count)[:, None] < known).to(x.device),
-            x_seen=pick(state.x_seen, lanes[:-1]),
-            f_seen=pick(state.f_seen, lanes[:-1]),
+            error=carried[0],
+            nats=carried[1],
+            drift=carried[2],
+            done=min(placed.starts) == len(self.table),
+            seen=(torch.arange(placed.count)[:, None] < torch.tensor(known)).to(x.device),
+            x_seen=pick(state.x_seen, shift, placed.count),
+            f_seen=pick(state.f_seen, shift, placed.count),
         )
-        fresh = (lanes[:-1] - shift >= known) & (lanes[:-1] - shift < stop - start)
-        if not bool(fresh.any()):
-            return moved
+        width = [end - begin for begin, end in zip(placed.starts, placed.stops, strict=True)]
+        entering = [stays for stays, wide in zip(known, width, strict=True) if stays < wide]
+        first = min(entering, default=placed.count)  # lanes before this one stay in every sample
+        count = placed.count - first
+        kept = pick(x, shift, first + 1, last)
+        noise = None if state.noise is None else pick(state.noise, shift, first)
+        if count == 0:
+            return replace(state, x=kept, noise=noise)
 
-        first = int(known[fresh.any(0)].min())  # lanes before this one stay in every sample
-        old = ~fresh[first:].to(x.device)
-        if noise is not None:
-            low, high = int((start + known)[fresh.any(0)].min()), int(stop.max())
-            drawn = pick(self.noise(low, high), lanes[first:-1] + state.start - low)
-            noise[first:] = torch.where(old[:, None, :, None], noise[first:], drawn) if bool(old.any()) else drawn
-        rows = self._rows_at(start + first, count - first)
-        jacobian, offset = self.fill.model(rows, None if noise is None else noise[first:], state.newest)
+        stays = None
+        if not same(known) or not same(width):
+            lane = torch.arange(first, placed.count)[:, None]
+            stays = ((lane < torch.tensor(known)) | (lane >= torch.tensor(width))).to(x.device)[:, None, :, None]
+        drawn = None
+        if state.noise is not None and noise is not None:
+            low = min(begin + k for begin, k, wide in zip(placed.starts, known, width, strict=True) if k < wide)
+            drawn = pick(self.noise(low, placed.high), [begin + first - low for begin in placed.starts], count)
+            if stays is not None:
+                drawn = torch.where(stays, pick(state.noise, [by + first for by in shift], count), drawn)
+            noise = torch.cat([noise, drawn])
+        jacobian, offset = self.fill.model(self._rows_at(start + first, count), drawn, state.newest)
         offset = offset.expand(-1, *x.shape[1:]).clone()
-        offset[0] += mix(jacobian[0], x[first])
-        if bool(old.any()):
-            stays = old[:, None, :, None]
-            offset = torch.where(stays, x[first + 1 :], offset)
+        offset[0] += mix(jacobian[0], kept[first])
+        if stays is not None:
+            offset = torch.where(stays, pick(x, [by + first + 1 for by in shift], count, last), offset)
             jacobian = torch.where(stays[:, None], 0.0, jacobian)
-        blank = torch.zeros_like(x[first:])
-        blank[0] = x[first]
-        x[first:] = sweep(offset, jacobian, blank)
-        return moved
-
-
-def _shared(start: Tensor) -> int | None:
-    """The step at which every sample is, `None` if they are at different ones."""
-    steps = start.tolist()
-    return steps[0] if steps.count(steps[0]) == len(steps) else None
-
-
-def by_step(values: Tensor, steps: Tensor, valid: Tensor, low: int, high: int) -> Tensor:
-    """Values by lane, `(W, S)`, as values by step from `low` to `high`, NaN outside a sample's window."""
-    out = values.new_full((high - low + 1, values.shape[1]), torch.nan)
-    # samples slide apart; what lies outside a sample's window goes to a row that is cut off
-    out.scatter_(0, torch.where(valid, steps - low, high - low).to(values.device), values)
-    return out[:-1]
-
-
-def dense(f: Tensor, valid: Tensor) -> Tensor:
-    """Rows of the lanes in a window, `(R, D)`, as one `(W, S, D)`, with zeros in the other lanes."""
-    count, samples = valid.shape
-    if len(f) < count * samples:
-        whole = f.new_zeros(count * samples, f.shape[-1])
-        whole[valid.flatten().to(f.device)] = f
-        f = whole
-    return f.reshape(count, samples, -1)
-
-
-def pick(values: Tensor, index: Tensor) -> Tensor:
-    """Entry `index[i, s]` of every sample, clamped: `(L, …, S, D)` to `(n, …, S, D)`; a new tensor."""
-    if len(values) == 0:
-        return values.new_zeros(len(index), *values.shape[1:])
-    index = index.clamp(0, len(values) - 1)
-    if index.shape[1] == 1 or bool((index == index[:, :1]).all()):
-        return values.index_select(0, index[:, 0].to(values.device))
-    shape = (len(index), *[1] * (values.ndim - 3), index.shape[1], 1)
-    return values.gather(0, index.to(values.device).reshape(shape).expand(-1, *values.shape[1:]))
+        return replace(state, x=torch.cat([kept, carry(jacobian[1:], offset)]), noise=noise)

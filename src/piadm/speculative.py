@@ -38,9 +38,10 @@ import torch
 from torch import Tensor
 
 from piadm.errors import require
+from piadm.placement import pick
 from piadm.propagators import Pair
 from piadm.result import Acceptance
-from piadm.solver import Solver, State, by_step, dense, pick
+from piadm.solver import Solver, State
 from piadm.stopping import rms
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
@@ -124,7 +125,7 @@ class SpeculativeSolver(Solver):
         state = super().init(x)
         zero = torch.zeros_like(state.start)
         none = state.x.new_zeros(0, *state.x.shape[1:])
-        empty = Speculation(**vars(state), mean=none, accepted=zero, rejected=zero)
+        empty = Speculation(**state.parts(), mean=none, accepted=zero, rejected=zero)
         return self._draft(empty, none, zero, zero)
 
     def update(self, state: State, f: Tensor) -> Speculation:
@@ -134,19 +135,19 @@ class SpeculativeSolver(Solver):
             NonFiniteError: if the network is not finite at the first step of a sample's window, whose state is exact; beyond
                 it the window is cut, as in `Solver`, by what is known before that step's noise.
         """
-        steps, valid = self._lanes(state)
-        evaluations = state.evaluations + valid.sum(0)
-        f = dense(f, valid)
-        rows = self._rows_at(state.start, len(valid))
+        f = state.placement.dense(f)
+        evaluations = state.evaluations + (state.stop - state.start)
+        rows = self._rows_at(state.start, state.placement.count)
         x, xi, C = state.x, state.noise, rows.C
         if not isinstance(state, Speculation) or xi is None or C is None:
             raise TypeError(f"`state` is a {type(state).__name__}: give one that this solver's `init` made")
         mean = rows.step(x[:-1], f, None)
-        sound, valid, f = self._sound(state, valid, f, mean)
-        inside = valid.to(f.device)
-        low, high = int(sound.start.min()), int(sound.stop.max())
-        residual = by_step(rms(mean - sound.mean), steps, valid, low, high)
+        sound, f = self._sound(state, f, mean)
+        placed = sound.placement
+        inside = placed.valid.to(f.device)
 
+        residual = placed.by_step(rms(mean - sound.mean))
+        steps = placed.steps.clamp(max=len(self.table) - 1)
         scan = self._scan(sound, steps, inside, mean, xi)
         pair = None
         if sound.rounds > 0:
@@ -154,7 +155,7 @@ class SpeculativeSolver(Solver):
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         mean = torch.where(scan.rejected[:, None, :, None], mean + mix(C, scan.noise - xi), mean)
         mean = torch.where(scan.kept[:, None, :, None], sound.mean, mean)
-        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], sound.mean]))[1:]
+        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], sound.mean]))[0][1:]
         new = _states(x, mean, rows, xi)
 
         after = replace(
@@ -163,10 +164,10 @@ class SpeculativeSolver(Solver):
             x_seen=x[:-1],
             f_seen=f,
             residual=residual,
-            window=(low, high),
+            window=(placed.low, placed.high),
             rounds=sound.rounds + 1,
             evaluations=evaluations,
-            newest=pick(f, (sound.stop - sound.start - 1)[None])[0],
+            newest=pick(f, [stop - start - 1 for start, stop in zip(placed.starts, placed.stops, strict=True)], 1)[0],
             accepted=sound.accepted + scan.kept.sum(0).cpu(),
             rejected=sound.rejected + scan.rejected.sum(0).cpu(),
         )
@@ -200,7 +201,7 @@ class SpeculativeSolver(Solver):
         jacobian, offset = self.fill.model(rows, None, state.newest)
         entered = mix(jacobian, state.x[:-1]) + offset
         stays = (lane < known).to(entered.device)[:, None, :, None]
-        mean = torch.where(stays, pick(mean, lane + shift), entered)
+        mean = torch.where(stays, pick(mean, shift.tolist(), len(lane)), entered)
         return replace(state, mean=mean, x=_states(state.x, mean, rows, state.noise))
 
 

@@ -50,9 +50,9 @@ def sensitivity(table: Table, variance: float | Tensor) -> Tensor:
     return (spread[-1] / spread).mean(1).sqrt()
 
 
-def total_variance(variance: float | Tensor, size: float) -> float:
-    """The trace of the covariance of data with `size` coordinates, given the variance of each or of all."""
-    return float(_believable(variance).mean()) * size
+def mean_variance(variance: float | Tensor) -> float:
+    """The data's per coordinate, given that of each or of all; times their number it is the trace of the covariance."""
+    return float(_believable(variance).mean())
 
 
 def _believable(variance: float | Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def apparent_variance(rows: Rows, pair: Pair, past: Tensor, total: float) -> Ten
     # a gain of 1/α or more is that of a boundless variance
     variance = gain * sigma.square() / (alpha * (1 - alpha * gain).clamp(min=1e-3))
     lane = torch.arange(1, len(gain) + 1, device=gain.device)[:, None]
-    last = (pair.known & variance.isfinite() & (variance > 0)).mul(lane).cummax(0).values
+    last = (pair.known & (variance > 0) & (variance < torch.inf)).mul(lane).cummax(0).values
     return torch.where(last > 0, variance.gather(0, (last - 1).clamp(min=0)), torch.where(pair.seen, total, past))
 
 
@@ -93,12 +93,12 @@ def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, st
         size: $D$.
     """
     gaussian = rows.jacobian(rows.gaussian_gain(variance[..., None]))
-    unseen = (_norm(jacobian - gaussian) + _norm(gaussian - rows.A)).expand(len(step), step.shape[2])
+    unseen = _norm(jacobian - gaussian) + _norm(gaussian - rows.A)
     if pair is None:
         return unseen
     length = rms(step)
     known = pair.seen & (length > 0)
-    wrong = rms(rows.step(step, pair.df, None) - mix(jacobian, step))
+    wrong = rms(mix(rows.A - jacobian, step) + rows.B * pair.df.unsqueeze(1))
     return torch.where(known, wrong / torch.where(known, length, 1.0) + unseen / size, unseen)
 
 
@@ -110,5 +110,7 @@ def rms(values: Tensor) -> Tensor:
 
 def _norm(matrix: Tensor) -> Tensor:
     """Frobenius norm of $k×k$ matrices `(W, k, k, S|1, D|1)`, rms over coordinates, shape `(W, S|1)`."""
+    if matrix.shape[1] == matrix.shape[-1] == 1:
+        return matrix[:, 0, 0, :, 0].abs()
     norm: Tensor = torch.linalg.vector_norm(matrix, dim=(1, 2, 4))
     return norm / math.sqrt(matrix.shape[-1])

@@ -1,0 +1,117 @@
+r"""Placement: where the steps of a window are in its tensors.
+
+A window's tensors have one row for each *lane*: lane $i$ of sample $s$ holds step $\text{start}_s + i$ while that is below
+$\text{stop}_s$. Samples slide apart, and then a lane holds another step in each; mostly they are together, when a lane's step
+is one number and every choice of lanes a slice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Which steps the lanes of a window hold.
+
+    Arguments:
+        start: First step of each sample, shape `(S,)`, on the CPU.
+        stop: One past the last one, likewise.
+        count: $W$, how many lanes there are: at least the steps of the widest sample.
+    """
+
+    start: Tensor
+    stop: Tensor
+    count: int
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """`start` as numbers."""
+        found: list[int] = self.start.tolist()
+        return found
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """`stop` as numbers."""
+        found: list[int] = self.stop.tolist()
+        return found
+
+    @cached_property
+    def low(self) -> int:
+        """The first step of all."""
+        return min(self.starts)
+
+    @cached_property
+    def high(self) -> int:
+        """One past the last step of all."""
+        return max(self.stops)
+
+    @cached_property
+    def together(self) -> bool:
+        """Whether every lane holds a step, the same one in all samples."""
+        return same(self.starts) and same(self.stops) and self.high - self.low == self.count
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """The step of each lane, shape `(W, S)`, on the CPU; beyond `stop` it goes on counting."""
+        return self.start + torch.arange(self.count)[:, None]
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """Which lanes hold a step of their sample, shape `(W, S)`, on the CPU."""
+        return self.steps < self.stop
+
+    def of_step(self, values: Tensor) -> Tensor:
+        """Entries of `values`, one for each step of the table, by lane: `(M,)` to `(W, S|1)`."""
+        if self.together:
+            return values[self.low : self.high, None]
+        return values[self.steps.clamp(max=len(values) - 1).to(values.device)]
+
+    def only(self, mask: Tensor) -> Tensor:
+        """`mask`, `(W, S)`, where a lane holds a step, `False` elsewhere."""
+        return mask if self.together else mask & self.valid.to(mask.device)
+
+    def dense(self, f: Tensor) -> Tensor:
+        """The rows of the lanes that hold a step, `(R, D)`, as `(W, S, D)` with zeros in the others."""
+        samples = len(self.starts)
+        if len(f) < self.count * samples:
+            whole = f.new_zeros(self.count * samples, f.shape[-1])
+            whole[self.valid.flatten().to(f.device)] = f
+            f = whole
+        return f.reshape(self.count, samples, -1)
+
+    def by_step(self, values: Tensor) -> Tensor:
+        """Values by lane, `(W, S)`, as values by step from `low` to `high`, NaN outside a sample's window."""
+        if self.together:
+            return values
+        out = values.new_full((self.high - self.low + 1, values.shape[1]), torch.nan)
+        # samples slide apart; what lies outside a sample's window goes to a row that is cut off
+        index = torch.where(self.valid, self.steps - self.low, self.high - self.low)
+        return out.scatter_(0, index.to(values.device), values)[:-1]
+
+
+def same(numbers: list[int]) -> bool:
+    """Whether all numbers are one."""
+    return numbers.count(numbers[0]) == len(numbers)
+
+
+def pick(values: Tensor, first: list[int], count: int, last: list[int] | None = None) -> Tensor:
+    """`count` rows of each sample from `first[s]` on, that of `last[s]` again beyond it: `(L, …, S, D)` to `(count, …, S, D)`.
+
+    A view, where the samples want the same rows and have them.
+    """
+    if len(values) == 0:
+        return values.new_zeros(count, *values.shape[1:])
+    ends = [len(values) - 1] * len(first) if last is None else last
+    if same(first) and same(ends):
+        low = min(first[0], ends[0])
+        there = values[low : min(low + count, ends[0] + 1)]
+        beyond = count - len(there)
+        return there if beyond == 0 else torch.cat([there, there[-1:].expand(beyond, *there.shape[1:])])
+    index = (torch.tensor(first) + torch.arange(count)[:, None]).minimum(torch.tensor(ends))
+    index = index.clamp(min=0).reshape(count, *[1] * (values.ndim - 3), len(first), 1)
+    return values.gather(0, index.to(values.device).expand(-1, *values.shape[1:]))

@@ -15,6 +15,7 @@ from importlib.resources import as_file, files
 
 import torch
 from safetensors import safe_open
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from piadm.denoiser import Denoiser
 from piadm.models.unet import UNet
@@ -38,6 +39,8 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     network = UNet(**config["network"])
     network.load_state_dict(weights)
     network.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    # a fifth faster on a CPU
+    convert_conv2d_weight_memory_format(network, torch.channels_last)
     return Denoiser(
         network,
         DiscreteBetas.linear(1000),

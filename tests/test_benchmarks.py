@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare, exact, promise, scaling
+from benchmarks import clock, compare, exact, promise, scaling
 from piadm.stopping import SAFETY
 
 
@@ -28,6 +28,17 @@ def test_compare_holds_every_method_to_the_same_final_error(tmp_path):
     assert all(rows[name]["rows"] == 8 for name in ("piadm.Parallel", "ParaDiGMS", "ParaTAA", "ParaSolver"))
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     assert "| piadm.Parallel |" in (tmp_path / "compare.md").read_text()
+
+
+def test_clock_holds_the_time_against_what_the_network_allows(tmp_path):
+    clock.main(["--only", "policy DDPM 50", "--pairs", "1", "--output", str(tmp_path)])
+    _, tables = tables_of(tmp_path / "clock.json")
+    (row,) = tables[clock.TITLE]
+    assert row["window"].startswith("auto: ")
+    assert row["limit"] >= 1
+    assert row["time / limit"] == pytest.approx(row["time"] / row["limit"])
+    assert 0 < row["own"] < 1
+    assert row["error"] <= 1e-2
 
 
 def test_promise_counts_every_sample_and_searches_the_oracle(tmp_path):

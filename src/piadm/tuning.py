@@ -29,8 +29,8 @@ EXTRA = 10.0
 OWN = 2e-3
 """$o$ in seconds before the first run."""
 
-SHARE = 0.25
-"""Of a sequential run's time, the most that measuring goes on for."""
+SHARE, LEAST = 0.25, 0.05
+"""Measuring goes on for at most this part of a sequential run's time, or this many seconds if that is more."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _measure(call: Callable[[int], object], sizes: Sequence[int], steps: int) ->
         spent += sum(runs)
         prices = [s / n for n, s in zip(rows, seconds, strict=True)]
         settled = len(prices) > 2 and min(prices[-2:]) > 0.95 * prices[-3]
-        if settled or spent > SHARE * steps * seconds[0]:
+        if settled or spent > max(LEAST, SHARE * steps * seconds[0]):
             break
     return Timing(tuple(rows), tuple(seconds))
 

@@ -200,7 +200,7 @@ class Sequential(_Sampler):
         path: Place | None,
         pause: float,
     ) -> Result:
-        event, device, table = run.shape[1:], run.state.x.device, self.table
+        event, device, table, stochastic = run.shape[1:], run.state.x.device, self.table, self.table.stochastic
         network = _Network(self._executor, event, run.shape[0], condition)
         clock = run.clock()
         rows, times = table.cast(device, run.state.x.dtype), table.times.to(device)
@@ -209,9 +209,9 @@ class Sequential(_Sampler):
                 if not len(run.alive):
                     break
                 f = network(Request(run.state.x[0, 0], times[m].expand(len(run.alive)), run.alive))
-                xi = source(m, m + 1)[:, :, run.alive.to(device)] if table.stochastic else None
-                x = rows.take(torch.tensor([[m]], device=device)).step(run.state.x, f[None], xi)
-                if not bool(x.isfinite().all()):
+                xi = source(m, m + 1)[:, :, run.alive.to(device)] if stochastic else None
+                x = rows.cut(m, m + 1).step(run.state.x, f[None], xi)
+                if not math.isfinite(float(x.sum())) and not bool(x.isfinite().all()):
                     good = x.isfinite().all(-1).all(1)[0]
                     run, x = run.without((~good).nonzero().flatten().tolist(), m), x[:, :, good]
                 start = torch.full((len(run.alive),), m + 1)

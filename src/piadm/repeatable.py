@@ -14,14 +14,14 @@ from piadm.solver import Request
 
 
 def ask_again(run: Checkpoint, times: Tensor, network: Network, schedule: Schedule, dtype: torch.dtype) -> None:
-    r"""Evaluates two rows of an earlier round once more, and warns if the answer is another (two, since batch norm left in
-    training refuses one).
+    r"""Evaluates two rows of an earlier round once more, and warns if the answer is another: two, since batch norm left in
+    training refuses one, and those of most noise, where the network has most to say.
 
     They may differ by what rounding does in a batch of another size, $\sqrt{\mathrm{eps}}$ of the network's dtype (at least
     1e-3) relative to $\|f\| + \|x\| / α$, the terms of which $f$ is the difference.
     """
     state = run.state
-    lane, sample = state.seen.nonzero()[-2:].unbind(1)
+    lane, sample = state.seen.nonzero()[:2].unbind(1)
     step = state.start[sample.cpu()] + lane.cpu()
     x, f = state.x_seen[lane, 0, sample], state.f_seen[lane, sample]
     again = network(Request(x, times[step].to(x.device), run.alive[sample.cpu()]))

@@ -18,7 +18,7 @@ FLOORS = [
     {"denoiser", "tables"},
     {"inputs", "targets", "executors", "schemes", "exponential", "certificate"},
     {"propagators", "windows", "sweep", "memory", "fixed"},
-    {"tuning"},
+    {"tuning", "replicas"},
     {"result"},
     {"fills", "stopping", "probed"},
     {"fingerprint", "sharded"},

@@ -181,13 +181,22 @@ def test_a_guarded_window_stays_narrow_once_it_is():
 
 def test_a_limit_is_bytes_or_a_fraction_of_the_machine():
     cpu = torch.device("cpu")
-    assert limit(10**9, cpu) == 10**9
+    assert limit(10**9, cpu) == limit(1e9, cpu) == 10**9
+    assert limit(1, cpu) == 1
     assert 0.4 < limit(0.5, cpu) / limit(1.0, cpu) < 0.6
-    for wrong in (0, -1, 0.0, 1.5, True, "2GB"):
+    for wrong in (0, -1, 0.0, -2e9, 1.5, 2e9 + 0.5, float("inf"), float("nan"), True, "2GB"):
         with pytest.raises(ValueError, match="max_memory"):
             limit(wrong, cpu)
     with pytest.raises(ValueError, match="max_memory"):
         piadm.Parallel(mixture(), piadm.DDPM(10), max_memory=-5)
+
+
+def test_a_fraction_of_a_memory_of_unknown_size_is_refused(monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr("os.sysconf")
+    with pytest.raises(ValueError, match=r"`max_memory` is 0.5: how much memory there is cannot be found out.*give bytes"):
+        limit(0.5, torch.device("cpu"))
+    assert limit(2e9, torch.device("cpu")) == 2 * 10**9
 
 
 def test_peak_counts_what_lives_at_once():
@@ -202,10 +211,13 @@ def test_peak_counts_what_lives_at_once():
 
 
 def test_a_room_is_divided_between_window_and_calls():
-    assert divide(1000, row=10, lane=10, lanes=100) == (50, 50)
-    assert divide(1000, row=10, lane=10, lanes=20) == (20, 80)
-    with pytest.raises(ValueError, match="give at least"):
-        divide(15, row=10, lane=10, lanes=20)
+    cpu = torch.device("cpu")
+    assert divide(1000, cpu, row=10, lane=10, lanes=100) == (50, 50)
+    assert divide(1e3, cpu, row=10, lane=10, lanes=20) == (20, 80)
+    with pytest.raises(ValueError, match=r"`max_memory` is 15: one step and the .* take about 20 bytes: give at least that"):
+        divide(15, cpu, row=10, lane=10, lanes=20)
+    with pytest.raises(ValueError, match=r"`max_memory` is 1e-10: .* take about 100 bytes and there are \d+: give at least"):
+        divide(1e-10, cpu, row=10, lane=90, lanes=20)
 
 
 @pytest.mark.parametrize("scheme", [piadm.DDPM(50), piadm.DDIM(50), piadm.ExponentialSDE(4.0, 1.0, 0.1, 1e-2)], ids=repr)

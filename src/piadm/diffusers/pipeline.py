@@ -23,7 +23,7 @@ from piadm.diffusers.run import Run, Settings
 from piadm.diffusers.scheduler import in_lanes, recorded
 from piadm.diffusers.slices import Slices
 from piadm.errors import require, require_count, require_positive
-from piadm.memory import limit
+from piadm.memory import require_limit
 from piadm.result import Result
 from piadm.speculative import THRESHOLD
 
@@ -75,7 +75,7 @@ def parallelize(
     require_positive("tolerance", tolerance, "tolerance=1e-2")
     require_moments(mean, variance)
     if max_memory is not None:
-        limit(max_memory, torch.device("cpu"))
+        require_limit(max_memory)
     return Parallelized(pipe, Settings(window, tolerance, mean, variance, THRESHOLD if exact else None, max_memory))
 
 

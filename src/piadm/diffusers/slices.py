@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from piadm.executors import sliced
-from piadm.memory import divide, lane_bytes, limit, require_fit, row_bytes
+from piadm.memory import divide, lane_bytes, require_fit, row_bytes
 from piadm.tables import Table
 
 Answer = tuple[list[Tensor], list[Any], Any]
@@ -72,6 +72,6 @@ class Slices:
         if key not in self.costs:
             self.costs[key] = row_bytes(lambda lanes: call(slice(0, lanes)), self.device)
         row = self.costs[key]
-        fitting, most = divide(limit(max_memory, self.device), row, self.lane, self.window)
+        fitting, most = divide(max_memory, self.device, row, self.lane, self.window)
         require_fit(self.window, fitting, row, self.lane, max_memory)
         return most

@@ -73,8 +73,12 @@ def test_with_azula_and_k_diffusion():
 
 
 def test_on_several_devices(tmp_path):
-    """The page's program, with fewer steps, on two processes as torchrun would start them."""
-    (program,) = snippets("devices.md", "python")
+    """The page's programs, with fewer steps: in one process, and on two as torchrun would start them."""
+    alone, program = snippets("devices.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(alone.replace("steps=1000", "steps=30"), "devices.md", "exec"), names)
+    assert len(names["denoiser"].replicas) == max(2, torch.cuda.device_count())
+    assert names["result"].converged
     script = tmp_path / "script.py"
     script.write_text(program.replace("steps=1000", "steps=30"))
     with socket.socket() as free:

@@ -14,7 +14,7 @@ import piadm
 ROOT = Path(piadm.__file__).parent
 FLOORS = [
     {"errors"},
-    {"schedules", "noise", "progress", "placement"},
+    {"schedules", "noise", "progress", "placement", "ranks"},
     {"denoiser", "tables"},
     {"inputs", "targets", "executors", "schemes", "exponential", "certificate"},
     {"propagators", "windows", "sweep", "memory", "fixed"},

@@ -47,7 +47,11 @@ def test_every_snippet_of_a_page_runs_in_order(page):
     run(page, {"__name__": "__main__"})  # as a script of these lines has it
 
 
-def test_with_diffusers(monkeypatch, capsys):
+def test_with_diffusers(monkeypatch, capsys, tmp_path):
+    """Its process group has one member here; `test_sharded.py` has several."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     asked = []
 
     def from_pretrained(name):
@@ -61,6 +65,7 @@ def test_with_diffusers(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "rounds in place of 50 steps" in shown
     assert "step 19 is finished" in shown
+    assert (tmp_path / "lighthouse.png").exists()
 
 
 def test_with_azula_and_k_diffusion():

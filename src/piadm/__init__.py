@@ -18,6 +18,7 @@ from piadm.fixed import FixedBatch
 from piadm.planner import Plan, plan
 from piadm.probed import Probed
 from piadm.published import PIADMODE, PIADMSDE
+from piadm.ranks import Ranks
 from piadm.replicas import Replicas
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
@@ -48,6 +49,7 @@ __all__ = [
     "Plan",
     "Probed",
     "RankError",
+    "Ranks",
     "Replicas",
     "Result",
     "Sequential",

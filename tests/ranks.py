@@ -109,7 +109,11 @@ def same(folder: Path) -> dict[str, Any]:
     mine = piadm.Parallel(piadm.Sharded(digits), piadm.DDPM(60), window=16)((2, 1, 8, 8), **run)
     run = {"generator": generator(), "label": label}
     theirs = piadm.Parallel(digits, piadm.DDPM(60), window=16)((2, 1, 8, 8), **run)
-    return {"elementwise": seen, "digits": float((mine.samples - theirs.samples).abs().max())}
+    nested = piadm.Sharded(piadm.Replicas(digits, ["cpu", "cpu"]))
+    run = {"generator": generator(), "label": label}
+    both = piadm.Parallel(nested, piadm.DDPM(60), window=16)((2, 1, 8, 8), **run)
+    gaps = [float((one.samples - theirs.samples).abs().max()) for one in (mine, both)]
+    return {"elementwise": seen, "digits": gaps}
 
 
 def subgroup(folder: Path) -> dict[str, Any]:
@@ -143,16 +147,23 @@ def different(folder: Path) -> dict[str, Any]:
 
 
 def raising(folder: Path) -> dict[str, Any]:
-    """Rank 1's network raises once; then all go on from what their exceptions carry."""
-
     def act() -> None:
         raise LookupError("no such weight")
 
+    return _ending(act)
+
+
+def interrupted(folder: Path) -> dict[str, Any]:
+    return _ending(lambda: signal.raise_signal(signal.SIGINT))
+
+
+def _ending(act: Any) -> dict[str, Any]:
+    """Rank 1's network ends the run; then all go on from what their exceptions carry."""
     network = Network(act, at=9 if dist.get_rank() == 1 else 0)
     run, started = sampler(network), time.monotonic()
     try:
         run(SHAPE, generator=generator())
-    except (LookupError, piadm.RankError) as error:
+    except (LookupError, KeyboardInterrupt, piadm.RankError) as error:
         kept: checkpoint.Checkpoint = error.checkpoint  # type: ignore[union-attr]
         seen = {
             "error": type(error).__name__,

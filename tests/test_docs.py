@@ -6,7 +6,6 @@ import doctest
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import zlib
@@ -78,27 +77,21 @@ def test_with_azula_and_k_diffusion():
 
 
 def test_on_several_devices(tmp_path):
-    """The page's programs, with fewer steps: in one process, and on two as torchrun would start them."""
+    """The page's programs, with fewer steps: in one process, and on two as accelerate starts them."""
     alone, program = snippets("devices.md", "python")
     names: dict[str, object] = {}
     exec(compile(alone.replace("steps=1000", "steps=30"), "devices.md", "exec"), names)
     assert len(names["denoiser"].replicas) == max(2, torch.cuda.device_count())
     assert names["result"].converged
+    (command,) = re.findall(r"`(accelerate launch .* script\.py)`", PAGES["devices.md"])
     script = tmp_path / "script.py"
     script.write_text(program.replace("steps=1000", "steps=30"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script)], env={**os.environ, **place, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    first, second = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert "converged=True" in first
-    assert second == ""
+    launcher, options = "accelerate.commands.launch", shlex.split(command)[2:-1]
+    run = [sys.executable, "-m", launcher, *options, "--main_process_port", "0", str(script)]
+    told = subprocess.run(run, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("converged=True") == 1
+    assert "Cost(" in told.stdout
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "pycon")])

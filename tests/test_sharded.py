@@ -73,7 +73,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """One launch for all that ends well: starting a process takes longer than its tests."""
-    return launch(["same", "subgroup", "different", "raising", "lanes"], 3, tmp_path_factory.mktemp("three"))
+    return launch(["same", "subgroup", "different", "raising", "interrupted", "lanes"], 3, tmp_path_factory.mktemp("three"))
 
 
 def check_shares(ranks: list[dict[str, Any]]) -> None:
@@ -106,7 +106,7 @@ def test_the_sample_is_that_of_one_process_and_every_row_is_evaluated_once(reque
     # one row a round: the last rank alone has something to do, and is not waited for with a call
     lonely = [one["elementwise"]["sequential, 1"]["calls"][0] for one in seen]
     assert lonely == [0] * (len(seen) - 1) + [12]
-    assert all(one["digits"] < 2e-5 for one in seen)
+    assert all(max(one["digits"]) < 2e-5 for one in seen)  # by themselves, and with replicas on every rank
 
 
 def test_ranks_of_a_users_own_group_share_a_run_and_the_others_do_not_take_part(three):
@@ -122,9 +122,12 @@ def test_ranks_that_are_asked_different_things_hear_of_it(three):
             assert f"rank {rank} was asked something else than rank {blamed}: give all the same" in message, name
 
 
-def test_an_error_in_one_ranks_network_ends_all_and_all_can_go_on(three):
-    zero, one, two = three["raising"]
-    assert (one["error"], one["message"]) == ("LookupError", "no such weight")
+@pytest.mark.parametrize("how", ["raising", "interrupted"])
+def test_an_error_or_ctrl_c_in_one_ranks_network_ends_all_and_all_can_go_on(three, how):
+    zero, one, two = three[how]
+    assert (one["error"], one["message"]) == (
+        ("LookupError", "no such weight") if how == "raising" else ("KeyboardInterrupt", "")
+    )
     for other in (zero, two):
         assert (other["error"], other["ranks"]) == ("RankError", [1])
         assert "rank 1 of 3 broke off with an error of its own; resume" in other["message"]

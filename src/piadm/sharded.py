@@ -87,11 +87,12 @@ class Sharded(Executor):
         question = _describe(x, t, condition)
         questions = {rank: torch.empty_like(question) for rank in group.others}
         asking = group.post(question, questions, _QUESTION)
-        f, failure = torch.zeros_like(x[part]), None
+        f = torch.zeros_like(x[part])
+        failure: BaseException | None = None
         if part.stop > part.start:
             try:
                 f = self.denoiser(x[part], t[part], **cut(condition, part, rows)).to(x.dtype).contiguous()
-            except Exception as error:  # the others are waiting: they are told before it goes its way
+            except BaseException as error:  # Ctrl-C, too: the others are waiting and are told before it goes its way
                 failure = error
         if f.is_cuda:
             torch.cuda.synchronize(f.device)

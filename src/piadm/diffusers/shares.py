@@ -37,11 +37,12 @@ def shared(ranks: Ranks, asked: list[Tensor], lanes: int, call: Callable[[slice]
         ValueError: if the ranks were asked different things.
         RankError: if another rank died, fell silent or raised an error.
     """
-    part, failure = ranks.share(lanes, ranks.rank), None
+    part = ranks.share(lanes, ranks.rank)
+    failure: BaseException | None = None
     try:
         answer = call(part if part.start < part.stop else slice(0, 1))
         own = _packed(answer[0])
-    except Exception as error:  # the others are waiting: they are told before it goes its way
+    except BaseException as error:  # Ctrl-C, too: the others are waiting and are told before it goes its way
         failure, own = error, torch.zeros(1, 0, dtype=torch.uint8, device=asked[0].device)
     head = torch.cat([asked[0].new_tensor([FINE if failure is None else BROKE, lanes], dtype=torch.float64), _describe(asked)])
     heads = {rank: torch.empty_like(head) for rank in ranks.others}

@@ -14,7 +14,7 @@ import torch
 
 import piadm
 import piadm.tuning
-from piadm.memory import COPIES, divide, lane_bytes, limit, peak, row_bytes
+from piadm.memory import COPIES, WORKSPACE, divide, lane_bytes, limit, peak, row_bytes
 from piadm.tuning import Guarded, Timing, Tuner, sizes
 
 SCHEDULE = piadm.schedules.DiscreteBetas.linear(1000)
@@ -207,7 +207,7 @@ def test_peak_counts_what_lives_at_once():
         c = b * 2
         return c.sum()
 
-    assert peak(call, torch.device("cpu")) == pytest.approx(1.5 * 16000, rel=0.01)
+    assert peak(call, torch.device("cpu")) == pytest.approx(WORKSPACE * 16000, rel=0.01)
 
 
 def test_a_room_is_divided_between_window_and_calls():
@@ -228,7 +228,7 @@ def test_a_round_of_the_solver_takes_no_more_than_it_is_said_to(scheme):
     sampler = piadm.Parallel(denoiser, scheme, window=16, max_rounds=4)
     table = scheme(schedule)
     x = torch.zeros(2, 4096)
-    most = peak(lambda: sampler((2, 4096), generator=generator()), torch.device("cpu")) / 1.5
+    most = peak(lambda: sampler((2, 4096), generator=generator()), torch.device("cpu")) / WORKSPACE
     assert 0.3 * 16 * lane_bytes(table, x) < most <= 16 * lane_bytes(table, x)
     assert lane_bytes(table, x) == COPIES * 2 * 4096 * 4
 

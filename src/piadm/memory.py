@@ -25,8 +25,9 @@ COPIES = 23
 """Most numbers that live at once in a round of the solver, for each number of a window's states."""
 
 WORKSPACE = 2.0
-"""Of a call on the CPU: how much a process may grow over the tensors counted, for the C library keeps gaps in its heap. With 80
-MiB promised, runs of `fashion` grew by 60 to 89 at a factor of 1.5 (43 with every block mapped by itself), by 45 to 60 at this."""
+"""Of a call on the CPU: how much a process may grow over the tensors counted, for the C library keeps gaps in its heap. With
+80 MiB promised, runs of `fashion` grew by 60 to 89 at a factor of 1.5 (by 43 with every block mapped by itself), and by 45 to
+60 at this one."""
 
 
 class _Counter(TorchDispatchMode):

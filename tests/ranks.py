@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import piadm
 from piadm import checkpoint
+from piadm.diffusers.shares import shared
 
 BETAS, PAPER = piadm.schedules.DiscreteBetas.linear(1000), piadm.schedules.OrnsteinUhlenbeck()
 SHAPE = (3, 4)
@@ -108,7 +109,11 @@ def same(folder: Path) -> dict[str, Any]:
     mine = piadm.Parallel(piadm.Sharded(digits), piadm.DDPM(60), window=16)((2, 1, 8, 8), **run)
     run = {"generator": generator(), "label": label}
     theirs = piadm.Parallel(digits, piadm.DDPM(60), window=16)((2, 1, 8, 8), **run)
-    return {"elementwise": seen, "digits": float((mine.samples - theirs.samples).abs().max())}
+    nested = piadm.Sharded(piadm.Replicas(digits, ["cpu", "cpu"]))
+    run = {"generator": generator(), "label": label}
+    both = piadm.Parallel(nested, piadm.DDPM(60), window=16)((2, 1, 8, 8), **run)
+    gaps = [float((one.samples - theirs.samples).abs().max()) for one in (mine, both)]
+    return {"elementwise": seen, "digits": gaps}
 
 
 def subgroup(folder: Path) -> dict[str, Any]:
@@ -142,16 +147,23 @@ def different(folder: Path) -> dict[str, Any]:
 
 
 def raising(folder: Path) -> dict[str, Any]:
-    """Rank 1's network raises once; then all go on from what their exceptions carry."""
-
     def act() -> None:
         raise LookupError("no such weight")
 
+    return _ending(act)
+
+
+def interrupted(folder: Path) -> dict[str, Any]:
+    return _ending(lambda: signal.raise_signal(signal.SIGINT))
+
+
+def _ending(act: Any) -> dict[str, Any]:
+    """Rank 1's network ends the run; then all go on from what their exceptions carry."""
     network = Network(act, at=9 if dist.get_rank() == 1 else 0)
     run, started = sampler(network), time.monotonic()
     try:
         run(SHAPE, generator=generator())
-    except (LookupError, piadm.RankError) as error:
+    except (LookupError, KeyboardInterrupt, piadm.RankError) as error:
         kept: checkpoint.Checkpoint = error.checkpoint  # type: ignore[union-attr]
         seen = {
             "error": type(error).__name__,
@@ -200,6 +212,93 @@ def resumed(folder: Path) -> dict[str, Any]:
     return {"before": before, "rounds": result.rounds, "equal": torch.equal(result.samples, uninterrupted.samples)}
 
 
+def _lanes(count: int, act: Any = None, asked: float = 0.0) -> tuple[list[torch.Tensor], int]:
+    """What a network answers for so many lanes, in tensors of every kind, shared; and how many it was asked for here."""
+    seen = []
+
+    def call(part: slice) -> Any:
+        seen.append(part.stop - part.start)
+        if act is not None:
+            act()
+        lane = torch.arange(part.start, part.stop)
+        wide = (lane[:, None] / 3 + torch.arange(4)).transpose(0, 1).contiguous().transpose(0, 1)
+        tensors = [wide.reshape(-1, 2, 2), lane, lane[:, None] > 2, wide.bfloat16(), wide[:, :3].double()]
+        return tensors, [*tensors, "a word"], None
+
+    tensors, leaves, _ = shared(piadm.Ranks(timeout=60.0), [torch.full((3, 2), asked)], count, call)
+    assert leaves[-1] == "a word"
+    return tensors, sum(seen)
+
+
+def lanes(folder: Path) -> dict[str, Any]:
+    """More lanes than ranks and fewer; then another question on rank 1, then an error in its network, then all is well."""
+    odd, seen = dist.get_rank() == 1, dict[str, Any]()
+
+    def act() -> None:
+        raise LookupError("no such weight")
+
+    for count in range(1, 8):
+        tensors, asked = _lanes(count)
+        lane = torch.arange(count)
+        wide = lane[:, None] / 3 + torch.arange(4)
+        expected = [wide.reshape(-1, 2, 2), lane, lane[:, None] > 2, wide.bfloat16(), wide[:, :3].double()]
+        same = all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors, expected, strict=True))
+        seen[str(count)] = {"same": same, "asked": asked}
+    try:
+        _lanes(5, asked=float(odd))
+    except ValueError as error:
+        seen["different"] = str(error)
+    try:
+        _lanes(5, act if odd else None)
+    except (LookupError, piadm.RankError) as error:
+        seen["raised"] = [type(error).__name__, str(error)]
+    return {**seen, "after": len(_lanes(5)[0])}
+
+
+def lanes_killed(folder: Path) -> dict[str, Any]:
+    def act() -> None:
+        (folder / "dying").write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _lanes(5)
+    try:
+        _lanes(5, act if dist.get_rank() == 0 else None)
+    except piadm.RankError as error:
+        return {"ranks": error.ranks, "message": str(error), "seconds": time.time() - (folder / "dying").stat().st_mtime}
+    return {"ranks": None}
+
+
+def pipeline(folder: Path) -> dict[str, Any]:
+    """A pipeline of diffusers, shared and alone, its memory bounded or not."""
+    from diffusers import DDPMScheduler
+
+    from tests import tiny
+
+    seen = {}
+    for name, settings in {
+        "plain": {},
+        "exact": {"exact": True},
+        "bounded": {"max_memory": 900_000},
+        "two": {"window": 2},
+    }.items():
+        found = []
+        for ranks in (piadm.Ranks(timeout=60.0), None):
+            pipe, rows = tiny.dit(), []
+            pipe.scheduler = DDPMScheduler() if name == "exact" else pipe.scheduler
+            forward = pipe.transformer.forward
+            pipe.transformer.forward = lambda x, *args, rows=rows, forward=forward, **rest: (
+                rows.append(len(x)) or forward(x, *args, **rest)
+            )
+            fast = piadm.diffusers.parallelize(pipe, **{"window": 7, "tolerance": 1e-4, "ranks": ranks, **settings})
+            text = {"class_labels": [1], "num_inference_steps": 14, "guidance_scale": 1.0 if name == "exact" else 4.0}
+            torch.manual_seed(0)  # from which this pipeline has its scheduler draw
+            out = fast(**text, output_type="np", generator=generator())
+            found.append((torch.as_tensor(out.images), fast.last_result.rounds, sum(rows), max(rows)))
+        (mine, *ours), (alone, *theirs) = found
+        seen[name] = {"gap": float((mine - alone).abs().max()), "sum": float(mine.sum()), "shared": ours, "alone": theirs}
+    return seen
+
+
 if __name__ == "__main__":
     *scenarios, folder = sys.argv[1:]
     dist.init_process_group("gloo")
@@ -207,7 +306,7 @@ if __name__ == "__main__":
     for scenario in scenarios:
         seen = globals()[scenario](Path(folder))
         (Path(folder) / f"{scenario}.{rank}.json").write_text(json.dumps(seen))
-    if scenario not in ("killed", "stopped"):
+    if scenario not in ("killed", "stopped", "lanes_killed"):
         dist.destroy_process_group()
     else:  # a group with a dead member is not waited for
         os._exit(0)

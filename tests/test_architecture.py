@@ -14,11 +14,11 @@ import piadm
 ROOT = Path(piadm.__file__).parent
 FLOORS = [
     {"errors"},
-    {"schedules", "noise", "progress", "placement"},
+    {"schedules", "noise", "progress", "placement", "ranks"},
     {"denoiser", "tables"},
     {"inputs", "targets", "executors", "schemes", "exponential", "certificate"},
     {"propagators", "windows", "sweep", "memory", "fixed"},
-    {"tuning"},
+    {"tuning", "replicas"},
     {"result"},
     {"fills", "stopping", "probed"},
     {"fingerprint", "sharded"},

@@ -6,7 +6,6 @@ import doctest
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import zlib
@@ -47,7 +46,11 @@ def test_every_snippet_of_a_page_runs_in_order(page):
     run(page, {"__name__": "__main__"})  # as a script of these lines has it
 
 
-def test_with_diffusers(monkeypatch, capsys):
+def test_with_diffusers(monkeypatch, capsys, tmp_path):
+    """Its process group has one member here; `test_sharded.py` has several."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     asked = []
 
     def from_pretrained(name):
@@ -61,6 +64,7 @@ def test_with_diffusers(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "rounds in place of 50 steps" in shown
     assert "step 19 is finished" in shown
+    assert (tmp_path / "lighthouse.png").exists()
 
 
 def test_with_azula_and_k_diffusion():
@@ -73,23 +77,21 @@ def test_with_azula_and_k_diffusion():
 
 
 def test_on_several_devices(tmp_path):
-    """The page's program, with fewer steps, on two processes as torchrun would start them."""
-    (program,) = snippets("devices.md", "python")
+    """The page's programs, with fewer steps: in one process, and on two as accelerate starts them."""
+    alone, program = snippets("devices.md", "python")
+    names: dict[str, object] = {}
+    exec(compile(alone.replace("steps=1000", "steps=30"), "devices.md", "exec"), names)
+    assert len(names["denoiser"].replicas) == max(2, torch.cuda.device_count())
+    assert names["result"].converged
+    (command,) = re.findall(r"`(accelerate launch .* script\.py)`", PAGES["devices.md"])
     script = tmp_path / "script.py"
     script.write_text(program.replace("steps=1000", "steps=30"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script)], env={**os.environ, **place, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    first, second = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert "converged=True" in first
-    assert second == ""
+    launcher, options = "accelerate.commands.launch", shlex.split(command)[2:-1]
+    run = [sys.executable, "-m", launcher, *options, "--main_process_port", "0", str(script)]
+    told = subprocess.run(run, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("converged=True") == 1
+    assert "Cost(" in told.stdout
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "pycon")])

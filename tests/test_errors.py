@@ -302,7 +302,7 @@ def test_guidance_towards_a_condition_of_another_shape_is_refused_before_the_net
     [
         ({"generator": seeded(1)[0]}, r"`generator` lives on cpu but the samples on meta: use torch.Generator\('meta'\)"),
         ({"generator": seeded(2)}, "`generator` lives on cpu but the samples on meta"),
-        ({"noise": torch.zeros(2, 3)}, r"`noise` is device\(type='cpu'\): must live with the network on meta"),
+        ({"noise": torch.zeros(2, 3)}, r"`noise` is device\(type='cpu'\): must live with the states on meta"),
     ],
     ids=["generator", "generators", "noise"],
 )

@@ -204,6 +204,26 @@ def test_a_network_that_raises_at_one_row_leaves_the_steps_before_it():
     assert torch.equal(sampler.resume(kept).samples, make(4)((S, D), noise=start(), generator=generator()).samples)
 
 
+@pytest.mark.parametrize("kind", ["sequential", 4, "exact", "paper's sde"], ids=str)
+def test_a_signal_from_the_keyboard_loses_no_round(tmp_path, kind):
+    """The signal itself, in the middle of a network call."""
+    network = Faulty(lambda self, x, t: signal.raise_signal(signal.SIGINT), first=4)
+    schedule = PAPER if kind == "paper's sde" else BETAS
+    path = tmp_path / "run.safetensors"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test runner may have replaced
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            make(kind, denoiser(network, schedule))((S, D), noise=start(), generator=generator(), checkpoint=path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    kept = caught.value.checkpoint
+    assert kept.state.rounds == network.calls - (1 if kind == "sequential" else 2)  # one call was the question asked twice
+    network.healed = True
+    whole = make(kind, denoiser(schedule=schedule))((S, D), noise=start(), generator=generator())
+    for given in (kept, path):
+        assert torch.equal(make(kind, denoiser(network, schedule)).resume(given).samples, whole.samples)
+
+
 def test_max_rounds_may_be_raised_on_resuming(tmp_path):
     whole = make(4)((S, D), noise=start(), generator=generator())
     path = tmp_path / "run.safetensors"

@@ -73,7 +73,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """One launch for all that ends well: starting a process takes longer than its tests."""
-    return launch(["same", "subgroup", "different", "raising"], 3, tmp_path_factory.mktemp("three"))
+    return launch(["same", "subgroup", "different", "raising", "interrupted", "lanes"], 3, tmp_path_factory.mktemp("three"))
 
 
 def check_shares(ranks: list[dict[str, Any]]) -> None:
@@ -106,7 +106,7 @@ def test_the_sample_is_that_of_one_process_and_every_row_is_evaluated_once(reque
     # one row a round: the last rank alone has something to do, and is not waited for with a call
     lonely = [one["elementwise"]["sequential, 1"]["calls"][0] for one in seen]
     assert lonely == [0] * (len(seen) - 1) + [12]
-    assert all(one["digits"] < 2e-5 for one in seen)
+    assert all(max(one["digits"]) < 2e-5 for one in seen)  # by themselves, and with replicas on every rank
 
 
 def test_ranks_of_a_users_own_group_share_a_run_and_the_others_do_not_take_part(three):
@@ -122,9 +122,12 @@ def test_ranks_that_are_asked_different_things_hear_of_it(three):
             assert f"rank {rank} was asked something else than rank {blamed}: give all the same" in message, name
 
 
-def test_an_error_in_one_ranks_network_ends_all_and_all_can_go_on(three):
-    zero, one, two = three["raising"]
-    assert (one["error"], one["message"]) == ("LookupError", "no such weight")
+@pytest.mark.parametrize("how", ["raising", "interrupted"])
+def test_an_error_or_ctrl_c_in_one_ranks_network_ends_all_and_all_can_go_on(three, how):
+    zero, one, two = three[how]
+    assert (one["error"], one["message"]) == (
+        ("LookupError", "no such weight") if how == "raising" else ("KeyboardInterrupt", "")
+    )
     for other in (zero, two):
         assert (other["error"], other["ranks"]) == ("RankError", [1])
         assert "rank 1 of 3 broke off with an error of its own; resume" in other["message"]
@@ -175,9 +178,43 @@ def test_torchrun_runs_the_command_once_for_all_ranks(tmp_path):
     torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
 
 
+def test_lanes_are_shared_out_and_every_rank_gets_all_answers(three):
+    for rank, seen in enumerate(three["lanes"]):
+        for count in range(1, 8):
+            mine = (rank + 1) * count // 3 - rank * count // 3
+            assert seen[str(count)] == {"same": True, "asked": max(1, mine)}  # who has none asks what answers look like
+        blamed = "0, 2" if rank == 1 else "1"
+        assert f"rank {rank} was asked something else than rank {blamed}: give all the same" in seen["different"]
+        broke = "rank 1 of 3 broke off with an error of its own; start again, with as many ranks as are left"
+        assert seen["raised"] == (["LookupError", "no such weight"] if rank == 1 else ["RankError", broke])
+        assert seen["after"] == 5
+
+
+def test_after_a_kill_the_other_ranks_of_a_call_stop_soon_and_name_it(tmp_path):
+    for seen in launch(["lanes_killed"], 3, tmp_path, silent=(0,))["lanes_killed"]:
+        assert seen["ranks"] == [0]
+        assert "rank 0 of 3 died; start again" in seen["message"]
+        assert seen["seconds"] < 20
+
+
+def test_a_pipeline_shared_by_ranks_gives_the_image_of_one_process(tmp_path):
+    zero, one = launch(["pipeline"], 2, tmp_path)["pipeline"]
+    for name in zero:
+        rounds, rows, most = zero[name]["alone"]
+        for seen in (zero[name], one[name]):
+            assert seen["gap"] < 1e-3, name
+            assert seen["shared"][0] == rounds
+            # half of it, and what every rank does by itself: the first step, the first lane again to compare, what is measured
+            assert rows / 2 - 2 * rounds <= seen["shared"][1] <= rows / 2 + 2 * rounds + 16
+            assert seen["shared"][2] <= most
+        assert zero[name]["sum"] == one[name]["sum"]
+
+
 def test_without_a_process_group_one_is_told_how_to_start():
     one = piadm.targets.Gaussian()
-    with pytest.raises(ValueError, match=r"start with torchrun, and call torch.distributed.init_process_group\(\)"):
+    with pytest.raises(
+        ValueError, match=r"there is no process group: start with torchrun, and call torch.distributed.init_process_group\(\)"
+    ):
         piadm.Sharded(one)
     with pytest.raises(ValueError, match="`timeout` is 0"):
         piadm.Sharded(one, timeout=0)

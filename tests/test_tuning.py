@@ -14,7 +14,7 @@ import torch
 
 import piadm
 import piadm.tuning
-from piadm.memory import COPIES, divide, lane_bytes, limit, peak, row_bytes
+from piadm.memory import COPIES, WORKSPACE, divide, lane_bytes, limit, peak, row_bytes
 from piadm.tuning import Guarded, Timing, Tuner, sizes
 
 SCHEDULE = piadm.schedules.DiscreteBetas.linear(1000)
@@ -181,13 +181,22 @@ def test_a_guarded_window_stays_narrow_once_it_is():
 
 def test_a_limit_is_bytes_or_a_fraction_of_the_machine():
     cpu = torch.device("cpu")
-    assert limit(10**9, cpu) == 10**9
+    assert limit(10**9, cpu) == limit(1e9, cpu) == 10**9
+    assert limit(1, cpu) == 1
     assert 0.4 < limit(0.5, cpu) / limit(1.0, cpu) < 0.6
-    for wrong in (0, -1, 0.0, 1.5, True, "2GB"):
+    for wrong in (0, -1, 0.0, -2e9, 1.5, 2e9 + 0.5, float("inf"), float("nan"), True, "2GB"):
         with pytest.raises(ValueError, match="max_memory"):
             limit(wrong, cpu)
     with pytest.raises(ValueError, match="max_memory"):
         piadm.Parallel(mixture(), piadm.DDPM(10), max_memory=-5)
+
+
+def test_a_fraction_of_a_memory_of_unknown_size_is_refused(monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr("os.sysconf")
+    with pytest.raises(ValueError, match=r"`max_memory` is 0.5: how much memory there is cannot be found out.*give bytes"):
+        limit(0.5, torch.device("cpu"))
+    assert limit(2e9, torch.device("cpu")) == 2 * 10**9
 
 
 def test_peak_counts_what_lives_at_once():
@@ -198,14 +207,17 @@ def test_peak_counts_what_lives_at_once():
         c = b * 2
         return c.sum()
 
-    assert peak(call, torch.device("cpu")) == pytest.approx(1.5 * 16000, rel=0.01)
+    assert peak(call, torch.device("cpu")) == pytest.approx(WORKSPACE * 16000, rel=0.01)
 
 
 def test_a_room_is_divided_between_window_and_calls():
-    assert divide(1000, row=10, lane=10, lanes=100) == (50, 50)
-    assert divide(1000, row=10, lane=10, lanes=20) == (20, 80)
-    with pytest.raises(ValueError, match="give at least"):
-        divide(15, row=10, lane=10, lanes=20)
+    cpu = torch.device("cpu")
+    assert divide(1000, cpu, row=10, lane=10, lanes=100) == (50, 50)
+    assert divide(1e3, cpu, row=10, lane=10, lanes=20) == (20, 80)
+    with pytest.raises(ValueError, match=r"`max_memory` is 15: one step and the .* take about 20 bytes: give at least that"):
+        divide(15, cpu, row=10, lane=10, lanes=20)
+    with pytest.raises(ValueError, match=r"`max_memory` is 1e-10: .* take about 100 bytes and there are \d+: give at least"):
+        divide(1e-10, cpu, row=10, lane=90, lanes=20)
 
 
 @pytest.mark.parametrize("scheme", [piadm.DDPM(50), piadm.DDIM(50), piadm.ExponentialSDE(4.0, 1.0, 0.1, 1e-2)], ids=repr)
@@ -216,7 +228,7 @@ def test_a_round_of_the_solver_takes_no_more_than_it_is_said_to(scheme):
     sampler = piadm.Parallel(denoiser, scheme, window=16, max_rounds=4)
     table = scheme(schedule)
     x = torch.zeros(2, 4096)
-    most = peak(lambda: sampler((2, 4096), generator=generator()), torch.device("cpu")) / 1.5
+    most = peak(lambda: sampler((2, 4096), generator=generator()), torch.device("cpu")) / WORKSPACE
     assert 0.3 * 16 * lane_bytes(table, x) < most <= 16 * lane_bytes(table, x)
     assert lane_bytes(table, x) == COPIES * 2 * 4096 * 4
 
@@ -277,6 +289,24 @@ def test_a_process_keeps_to_its_max_memory():
     bound = 80 * 2**20
     assert growth("{}") > 1.3 * bound  # the test could fail: unbounded, the same run takes more
     assert growth(f"dict(max_memory={bound})") <= bound
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_device_keeps_to_its_max_memory():
+    """By the device's own counter."""
+    denoiser, label = piadm.models.load("fashion", device="cuda"), torch.arange(8, device="cuda")
+
+    def growth(**how):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        source = torch.Generator("cuda").manual_seed(0)
+        piadm.Parallel(denoiser, piadm.DDIM(32), window=32, max_rounds=2, **how)((8, 1, 28, 28), generator=source, label=label)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    growth()  # what libraries keep from their first call on is no part of it
+    bound = int(0.7 * growth())
+    assert growth(max_memory=bound) <= bound
 
 
 # Resuming

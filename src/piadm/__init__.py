@@ -18,6 +18,8 @@ from piadm.fixed import FixedBatch
 from piadm.planner import Plan, plan
 from piadm.probed import Probed
 from piadm.published import PIADMODE, PIADMSDE
+from piadm.ranks import Ranks
+from piadm.replicas import Replicas
 from piadm.result import Result
 from piadm.samplers import Parallel, Sequential
 from piadm.schemes import DDIM, DDPM, Euler
@@ -47,6 +49,8 @@ __all__ = [
     "Plan",
     "Probed",
     "RankError",
+    "Ranks",
+    "Replicas",
     "Result",
     "Sequential",
     "Sharded",

@@ -66,6 +66,6 @@ class RankError(RuntimeError):
 
     def __str__(self) -> str:
         named = ", ".join(map(str, self.ranks))
-        return (
-            f"rank{'s' * (len(self.ranks) > 1)} {named} {self.what}; resume from `.checkpoint`, with as many ranks as are left"
-        )
+        kept = hasattr(self, "checkpoint")  # not where a pipeline was run
+        remedy = "resume from `.checkpoint`" if kept else "start again"
+        return f"rank{'s' * (len(self.ranks) > 1)} {named} {self.what}; {remedy}, with as many ranks as are left"

@@ -4,6 +4,7 @@ r"""Executors: how a round's rows reach the network. An executor is a wrapper th
 |---|---|
 | `MicroBatch(denoiser, size)` | to the network in slices, smaller ones when memory runs out |
 | `piadm.FixedBatch(denoiser, size)` | to the network in slices that are all of one size |
+| `piadm.Replicas(denoiser, devices)` | to several devices of this process, each of which takes a share |
 | `piadm.Sharded(denoiser)` | to all processes of a `torch.distributed` group, each of which takes a share |
 """
 

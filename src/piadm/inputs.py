@@ -41,7 +41,7 @@ def check_noise(noise: Tensor, shape: tuple[int, ...], home: torch.device) -> No
     require(tuple(noise.shape) == shape, "noise", tuple(noise.shape), f"must have the samples' shape {shape}")
     require(noise.is_floating_point(), "noise", noise.dtype, "must be a floating tensor")
     require(bool(noise.isfinite().all()), "noise", noise, "has NaN or infinite entries")
-    require(noise.device == home, "noise", noise.device, f"must live with the network on {home}")
+    require(noise.device == home, "noise", noise.device, f"must live with the states on {home}")
 
 
 def check_moments(owner: object, event: tuple[int, ...]) -> None:

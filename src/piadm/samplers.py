@@ -26,11 +26,12 @@ from piadm.fills import Fill, Jump
 from piadm.fingerprint import fingerprint
 from piadm.fixed import FixedBatch
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
-from piadm.memory import divide, lane_bytes, limit, require_fit, row_bytes
+from piadm.memory import divide, lane_bytes, require_fit, require_limit, row_bytes
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
 from piadm.propagators import Propagator, Secant
 from piadm.repeatable import ask_again
+from piadm.replicas import Replicas
 from piadm.result import Result
 from piadm.schemes import Scheme
 from piadm.sharded import Sharded, sharding
@@ -297,11 +298,13 @@ class Parallel(_Sampler):
         window = None if window == "auto" else window
         self.window: Window = Sliding(window) if window is None or isinstance(window, int) else window
         if max_memory is not None:
-            limit(max_memory, torch.device("cpu"))
+            require_limit(max_memory)
         if max_memory is not None or self._tuner is not None:
             asked = "window" if max_memory is None else "max_memory"
             given = "auto" if max_memory is None else max_memory
-            hides = next((layer for layer in layers(denoiser) if isinstance(layer, FixedBatch | Sharded)), None)
+            several = [layer for layer in layers(denoiser) if isinstance(layer, Replicas) and len(layer.devices) > 1]
+            others = [layer for layer in layers(denoiser) if isinstance(layer, FixedBatch | Sharded)]
+            hides = next(iter(others if max_memory is None else others + several), None)
             remedy = (
                 f"is measured by calls of some rows, which {type(hides).__name__} makes others of: give a window and MicroBatch"
             )
@@ -494,8 +497,8 @@ class Parallel(_Sampler):
         if self.max_memory is None:
             return widest, None
         home = trial.start.device
-        room, lane, row = limit(self.max_memory, home), lane_bytes(self.table, trial.start), row_bytes(trial, home)
-        fitting, most = divide(room, row, lane, widest)
+        lane, row = lane_bytes(self.table, trial.start), row_bytes(trial, home)
+        fitting, most = divide(self.max_memory, home, row, lane, widest)
         if self._tuner is None:
             require_fit(widest, fitting, row, lane, self.max_memory)
         return fitting, most

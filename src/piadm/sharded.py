@@ -7,14 +7,13 @@ conditions are never sent. A round of $R$ rows of $D$ numbers on $n$ ranks costs
 $$ \max_i \text{network}(R / n) + \text{latency} + \frac{n - 1}{n} \frac{R D \cdot \text{bytes}}{\text{bandwidth}} . $$
 
 Before it starts on its rows a rank tells the others what it was asked, so that ranks that were given different seeds, shapes or
-conditions hear of it and do not mix two runs. Answers go straight from rank to rank: one that dies is seen, and named, by all.
+conditions hear of it and do not mix two runs.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,14 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from piadm.denoiser import DenoiserLike, Wrapper, each_tensor
-from piadm.errors import RankError, require_positive
+from piadm.errors import RankError
 from piadm.executors import Executor, cut, in_slices
+from piadm.ranks import BEREFT, BROKE, FINE, Ranks
 
 _QUESTION, _ANSWER = 1, 2
-_FINE, _BROKE, _BEREFT = 0, 1, 2
 _SAMPLE = 4
-_GRACE = 3.0
-"""Seconds that a rank which was missed has to say that it is there."""
 
 
 @dataclass(frozen=True)
@@ -76,68 +73,48 @@ class Sharded(Executor):
     """
 
     def __init__(self, denoiser: DenoiserLike, group: dist.ProcessGroup | None = None, timeout: float = 600.0) -> None:
-        require_positive("timeout", timeout, "timeout=600.0")
         super().__init__(in_slices(denoiser))
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                "Sharded needs a process group: start with torchrun, and call torch.distributed.init_process_group()"
-            )
-        if dist.get_rank(group) < 0:
-            raise ValueError("`group` does not contain this process: wrap the denoiser on its members only")
-        self.group, self.timeout = group, timeout
-        self.rank, self.ranks, self.cost = dist.get_rank(group), dist.get_world_size(group), Cost()
-        self.peers = list(range(self.ranks)) if group is None else dist.get_process_group_ranks(group)
+        self.group = Ranks(group, timeout)
+        self.rank, self.ranks, self.cost = self.group.rank, self.group.size, Cost()
 
     def __repr__(self) -> str:
         return f"Sharded({self.denoiser!r}, rank {self.rank} of {self.ranks})"
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
-        started, rows = time.perf_counter(), len(x)
-        bounds = [rank * rows // self.ranks for rank in range(self.ranks + 1)]
-        part = slice(bounds[self.rank], bounds[self.rank + 1])
-        others = [rank for rank in range(self.ranks) if rank != self.rank]
+        started, rows, group = time.perf_counter(), len(x), self.group
+        part = group.share(rows, self.rank)
 
         question = _describe(x, t, condition)
-        questions = {rank: torch.empty_like(question) for rank in others}
-        asking = self._post(dict.fromkeys(others, question), questions, _QUESTION)
-        f, failure = torch.zeros_like(x[part]), None
+        questions = {rank: torch.empty_like(question) for rank in group.others}
+        asking = group.post(question, questions, _QUESTION)
+        f = torch.zeros_like(x[part])
+        failure: BaseException | None = None
         if part.stop > part.start:
             try:
                 f = self.denoiser(x[part], t[part], **cut(condition, part, rows)).to(x.dtype).contiguous()
-            except Exception as error:  # the others are waiting: they are told before it goes its way
+            except BaseException as error:  # Ctrl-C, too: the others are waiting and are told before it goes its way
                 failure = error
         if f.is_cuda:
             torch.cuda.synchronize(f.device)
         network = time.perf_counter() - started
 
         try:
-            lost = self._settle(asking)
+            lost = group.settle(asking)
         except RankError:
             if failure is not None:
                 raise failure from None
             raise
         if not lost:
-            odd = [
-                rank for rank in others if not torch.allclose(questions[rank], question, rtol=1e-3, atol=1e-3, equal_nan=True)
-            ]
-            if odd:
-                raise ValueError(
-                    f"rank {self.rank} was asked something else than rank {', '.join(map(str, odd))}: give all "
-                    "the same shape, sampler, conditions and seed (generator=torch.Generator().manual_seed(0))"
-                )
-        there = [rank for rank in others if rank not in lost]
-        status = _BROKE if failure is not None else _BEREFT if lost else _FINE
+            group.check_questions(question, questions)
+        shares = {rank: group.share(rows, rank) for rank in group.others if rank not in lost}
+        status = BROKE if failure is not None else BEREFT if lost else FINE
         answer = torch.cat([x.new_tensor([status, network]), f.reshape(-1)])
-        answers = {rank: x.new_empty(2 + (bounds[rank + 1] - bounds[rank]) * x[0].numel()) for rank in there}
-        lost |= self._settle(self._post(dict.fromkeys(there, answer), answers, _ANSWER))
+        answers = {rank: x.new_empty(2 + (one.stop - one.start) * x[0].numel()) for rank, one in shares.items()}
+        lost |= group.swap(answer, answers, _ANSWER)
         if failure is not None:
             raise failure
-        heads = {rank: answers[rank][:2].tolist() for rank in there if rank not in lost}
-        if lost:
-            raise RankError(sorted({self._trace(rank) for rank in lost}), f"of {self.ranks} died")
-        broke = [rank for rank, (status, _) in heads.items() if status != _FINE]
-        if broke:
-            raise RankError(broke, f"of {self.ranks} broke off with an error of its own")
+        heads = {rank: answers[rank][:2].tolist() for rank in shares if rank not in lost}
+        group.check_states(lost, {rank: state for rank, (state, _) in heads.items()})
 
         pieces = [f if rank == self.rank else answers[rank][2:].reshape(-1, *x.shape[1:]) for rank in range(self.ranks)]
         whole = torch.cat(pieces)
@@ -151,60 +128,6 @@ class Sharded(Executor):
             received=self.cost.received + (rows - len(f)) * x[0].numel() * x.element_size(),
         )
         return whole
-
-    def _post(self, outgoing: dict[int, Tensor], incoming: dict[int, Tensor], tag: int) -> list[tuple[int, dist.Work | None]]:
-        """Sends to and receives from ranks, all at once; each with whom it is about."""
-        group, peers = self.group, self.peers
-        acts: list[tuple[int, Any, Tensor]] = [(rank, dist.irecv, tensor) for rank, tensor in incoming.items()]
-        acts += [(rank, dist.isend, tensor) for rank, tensor in outgoing.items()]
-        if not acts or acts[0][2].is_cuda:  # NCCL wants to hear of all of them in one call, and answers with one piece of work
-            works = (
-                dist.batch_isend_irecv([dist.P2POp(act, x, peers[rank], group, tag) for rank, act, x in acts]) if acts else []
-            )
-            return [(acts[i][0], work) for i, work in enumerate(works)]
-        posted: list[tuple[int, dist.Work | None]] = []
-        for rank, act, tensor in acts:
-            try:
-                posted.append((rank, act(tensor, peers[rank], group=group, tag=tag)))
-            except RuntimeError:  # the connection is known to be broken
-                posted.append((rank, None))
-        return posted
-
-    def _settle(self, works: list[tuple[int, dist.Work | None]]) -> set[int]:
-        """Waits for all, even if some fail: the living get what they wait for. Returns the ranks that failed.
-
-        Raises:
-            RankError: if a rank is not heard of in time. Gloo then breaks every connection: of the others nothing is known.
-        """
-        limit, lost = time.monotonic() + self.timeout, set[int]()
-        for rank, work in works:
-            try:
-                if work is None:
-                    raise RuntimeError("the connection was broken before")
-                work.wait(timedelta(seconds=max(0.01, limit - time.monotonic())))
-            except RuntimeError as error:
-                if time.monotonic() >= limit:
-                    missed = f"of {self.ranks} was not heard of for {self.timeout:g} s"
-                    raise RankError([self._trace(rank)], missed) from error
-                lost.add(rank)
-        return lost
-
-    def _trace(self, missed: int) -> int:
-        """The rank at fault: one that was missed may itself have missed another, and says so in the group's store."""
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        known = {self.rank}
-        try:
-            store = _get_default_store()
-            store.set(f"piadm/missed/{self.peers[self.rank]}", str(missed))
-            while missed not in known:
-                known.add(missed)
-                key = f"piadm/missed/{self.peers[missed]}"
-                store.wait([key], timedelta(seconds=_GRACE))
-                missed = int(store.get(key))
-        except RuntimeError:  # it does not answer, or took the store with it
-            pass
-        return missed
 
 
 def sharding(denoiser: DenoiserLike) -> Sharded | None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from piadm.diffusers.probing import UnsupportedError
-from piadm.diffusers.slices import Answer, Slices
+from piadm.diffusers.shares import Answer
+from piadm.diffusers.slices import Slices
 
 Values = list[tuple[Tensor, bool]]
 """Tensors with their lanes first, and whether they have any."""
@@ -161,7 +162,7 @@ class Network:
             return tensors, out, out_tree
 
         key = tuple((tuple(value.shape[has:]), has, value.dtype, value.device) for value, has in values)
-        tensors, out, out_tree = self.slices(self.name, key, live, call)
+        tensors, out, out_tree = self.slices(self.name, key, live, call, [value for value, _ in values])
         if check:
             single = list(leaves)
             for place, (value, has) in zip(places, values, strict=True):

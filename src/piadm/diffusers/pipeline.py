@@ -23,7 +23,8 @@ from piadm.diffusers.run import Run, Settings
 from piadm.diffusers.scheduler import in_lanes, recorded
 from piadm.diffusers.slices import Slices
 from piadm.errors import require, require_count, require_positive
-from piadm.memory import limit
+from piadm.memory import require_limit
+from piadm.ranks import Ranks
 from piadm.result import Result
 from piadm.speculative import THRESHOLD
 
@@ -37,6 +38,7 @@ def parallelize(
     variance: float | Tensor = 1.0,
     exact: bool = False,
     max_memory: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Parallelized:
     r"""A diffusers pipeline that samples in parallel across time, called as the pipeline itself is.
 
@@ -60,11 +62,14 @@ def parallelize(
             once for each shape), and the first step is taken alone; a window whose states do not fit is refused. See
             `piadm.memory`. With or without it, a network that runs out of memory is called for half as many steps from then
             on, which is said in a warning. Text encoders, decoding and a window of 1 take what they take.
+        ranks: `piadm.Ranks()`, for several processes (`torchrun`), each with the pipeline on a device of its own: all make the
+            same call, with generators of one seed, each evaluates its share of the window's steps, and all get the image.
 
     Raises:
         UnsupportedError: (a `ValueError`) for a pipeline or scheduler that cannot be run in parallel, with the reason, before
             any work where it can be known.
         ValueError, TypeError: for arguments that do not fit.
+        RankError: from a call, if another rank died, fell silent or raised an error.
         NonFiniteError: from a call, if the network returns NaN or infinity.
     """
     require(
@@ -75,8 +80,10 @@ def parallelize(
     require_positive("tolerance", tolerance, "tolerance=1e-2")
     require_moments(mean, variance)
     if max_memory is not None:
-        limit(max_memory, torch.device("cpu"))
-    return Parallelized(pipe, Settings(window, tolerance, mean, variance, THRESHOLD if exact else None, max_memory))
+        require_limit(max_memory)
+    if not isinstance(ranks, Ranks | None):
+        raise TypeError(f"`ranks` is {ranks!r}: give piadm.Ranks(), or piadm.Ranks(group)")
+    return Parallelized(pipe, Settings(window, tolerance, mean, variance, THRESHOLD if exact else None, max_memory, ranks))
 
 
 class Parallelized:
@@ -144,7 +151,7 @@ class Parallelized:
         takes = inspect.signature(pipe.scheduler.step).parameters
         expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
         generator = named.get("generator")
-        slices = Slices(self.settings.max_memory, self._costs, self._found)
+        slices = Slices(self.settings.max_memory, self._costs, self._found, self.settings.ranks)
         run = Run(self.settings, pipe.scheduler, self._tables, self._checked, generator, self._once, expected, slices)
         width = self._width(bound)
         held: list[Any] = []

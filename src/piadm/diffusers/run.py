@@ -20,6 +20,7 @@ from piadm.errors import NonFiniteError
 from piadm.fills import Jump
 from piadm.noise import GeneratorLike, read_generators
 from piadm.propagators import Secant
+from piadm.ranks import Ranks
 from piadm.result import Result
 from piadm.solver import Solver, State
 from piadm.speculative import SpeculativeSolver
@@ -36,6 +37,7 @@ class Settings:
     variance: float | Tensor
     threshold: float | None
     max_memory: float | None
+    ranks: Ranks | None
 
 
 @dataclass(frozen=True)

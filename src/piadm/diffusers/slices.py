@@ -1,4 +1,4 @@
-"""How many lanes a network of the pipeline is called with at once: as many as fit in `max_memory`, or in the device's."""
+"""How many lanes a network of the pipeline is called with at once: as many as are its rank's, and fit in memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from piadm.diffusers.shares import Answer, shared
 from piadm.executors import sliced
-from piadm.memory import divide, lane_bytes, limit, require_fit, row_bytes
+from piadm.memory import divide, lane_bytes, require_fit, row_bytes
+from piadm.ranks import Ranks
 from piadm.tables import Table
-
-Answer = tuple[list[Tensor], list[Any], Any]
-"""A network's tensors with lanes first, all leaves of its output, and their structure."""
 
 LOOP = 3
 """Of each number that a network answers with, how many more a pipeline's loop holds: 3.0 where StableDiffusion is guided."""
@@ -28,10 +27,13 @@ class Slices:
         max_memory: See `parallelize`.
         costs: Bytes that a network's call takes a lane, measured in earlier calls; added to.
         found: By network, the most lanes for which memory lasted; added to.
+        ranks: Those that take a share each, if there are any.
     """
 
-    def __init__(self, max_memory: float | None, costs: dict[Hashable, int], found: dict[str, int]) -> None:
-        self.max_memory, self.costs, self.found = max_memory, costs, found
+    def __init__(
+        self, max_memory: float | None, costs: dict[Hashable, int], found: dict[str, int], ranks: Ranks | None = None
+    ) -> None:
+        self.max_memory, self.costs, self.found, self.ranks = max_memory, costs, found, ranks
         self.window, self.lane, self.device = 1, 0, torch.device("cpu")
 
     def answered(self, answer: Any) -> None:
@@ -43,7 +45,7 @@ class Slices:
         self.lane += lane_bytes(table, x)
         self.window, self.device = min(window, len(table)), x.device
 
-    def __call__(self, name: str, key: Hashable, lanes: int, call: Callable[[slice], Answer]) -> Answer:
+    def __call__(self, name: str, key: Hashable, lanes: int, call: Callable[[slice], Answer], asked: list[Tensor]) -> Answer:
         """What a network answers for so many lanes.
 
         Arguments:
@@ -51,14 +53,26 @@ class Slices:
             key: What its cost depends on.
             lanes: How many.
             call: Asks the network for some of them. It has two at least, of which idle ones are copies.
+            asked: The call's tensors.
 
         Raises:
-            ValueError: if the window does not fit in `max_memory`, or one lane does not.
+            ValueError: if the window does not fit in `max_memory`, or one lane does not; if ranks were asked different things.
+            RankError: if another rank did not go on.
         """
+        if self.ranks is None:
+            return self._cut(name, key, slice(0, lanes), call)
+        return shared(self.ranks, asked, lanes, lambda part: self._cut(name, key, part, call))
+
+    def _cut(self, name: str, key: Hashable, share: slice, call: Callable[[slice], Answer]) -> Answer:
+        """A share of the lanes, in slices."""
         known = [self.found[name]] if name in self.found else []
         fits = [] if self.max_memory is None else [self._fit(self.max_memory, (name, key), call)]
         size = min(known + fits, default=None)
-        parts, found = sliced(lanes, size, call)
+
+        def within(part: slice) -> Answer:
+            return call(slice(share.start + part.start, share.start + part.stop))
+
+        parts, found = sliced(share.stop - share.start, size, within)
         if found is not None and found != size:
             self.found[name] = found
             told = f"`{name}` ran out of memory: from now on it is called for at most {found} steps of the window at once"
@@ -72,6 +86,6 @@ class Slices:
         if key not in self.costs:
             self.costs[key] = row_bytes(lambda lanes: call(slice(0, lanes)), self.device)
         row = self.costs[key]
-        fitting, most = divide(limit(max_memory, self.device), row, self.lane, self.window)
+        fitting, most = divide(max_memory, self.device, row, self.lane, self.window)
         require_fit(self.window, fitting, row, self.lane, max_memory)
         return most

@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from piadm.diffusers.probing import UnsupportedError
@@ -83,6 +85,19 @@ class Lanes:
 
         self.beneath(run)
         return held[0]
+
+
+def check_mode(module: nn.Module, name: str) -> None:
+    """Raises `UnsupportedError` for a network that says itself that its rows influence each other or are drawn at random."""
+    for part in module.modules():
+        normalises = isinstance(part, _BatchNorm) and (part.training or part.running_mean is None)
+        drops = isinstance(part, _DropoutNd) and part.training and part.p > 0
+        if normalises or drops:
+            what = "normalises over its batch" if normalises else "draws random numbers"
+            raise UnsupportedError(
+                f"`pipe.{name}` has a {type(part).__name__} that {what}, so the steps of a window cannot share a batch: call "
+                f"pipe.{name}.eval()"
+            )
 
 
 class Network:

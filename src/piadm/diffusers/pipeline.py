@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from piadm.certificate import EXACT
 from piadm.denoiser import require_moments
-from piadm.diffusers.lanes import Lanes, Network
-from piadm.diffusers.loop import check_loop, loops_once
+from piadm.diffusers.lanes import Lanes, Network, check_mode
+from piadm.diffusers.loop import check_loop, loops_once, mentioned
 from piadm.diffusers.probing import Probe, UnsupportedError, check_scheduler, probe
 from piadm.diffusers.progress import Bar
 from piadm.diffusers.run import Run, Settings
@@ -55,8 +55,9 @@ def parallelize(
         variance: Variance of the latents per coordinate, about 1 for latent diffusion, 0.3 for pixels in [-1, 1] (a bad
             guess costs rounds and misleads the stopping rule).
         exact: Whether samples are to have exactly the law of the sequential run, as `piadm.Exact` does it, in place of being
-            within `tolerance` of its sample: for schedulers that draw noise, one sample a call. Schedulers that remember
-            earlier outputs gain nothing from it: a step is tested only if its noise reaches all of its state.
+            within `tolerance` of its sample: for schedulers that draw noise, one sample a call. A step
+            whose noise the network does not see (half of KDPM2 ancestral's, SA-Solver's outside of its `tau_func`) costs a
+            round.
         max_memory: Bytes that a call's rounds may take besides the networks' weights, or a fraction of the device's memory
             (`0.5`). Networks are called for as many steps of the window at once as fit, by their measured cost (of four steps,
             once for each shape), and the first step is taken alone; a window whose states do not fit is refused. See
@@ -104,9 +105,10 @@ class Parallelized:
             raise TypeError(f"`pipe` is a {name}: give a diffusers pipeline, for example StableDiffusionPipeline")
         if getattr(pipe, "scheduler", None) is None:
             raise UnsupportedError(f"`pipe` is a {name}, which has no `scheduler`: there are no steps to run in parallel")
-        check_scheduler(pipe.scheduler)
         self._guards, self._once = check_loop(type(pipe)), loops_once(type(pipe))
+        self._looped = mentioned(type(pipe))
         self.pipe, self.settings, self.last_result = pipe, settings, None
+        self._check({})
         self._own = type(pipe).__call__  # which `parallel` takes the place of
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
@@ -133,11 +135,11 @@ class Parallelized:
         scheduler.set_timesteps(4, **({"mu": 0.5} if dynamic else {}))
         probe(scheduler, scheduler.timesteps)
 
-    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        """Raises `UnsupportedError` for what can be known of a call with these arguments before any work."""
         pipe, name = self.pipe, type(self.pipe).__name__
-        bound = inspect.signature(call).bind(pipe, *args, **kwargs)
         for guard in self._guards:
-            guard.check(bound.arguments, name)
+            guard.check({**getattr(pipe, "config", {}), **arguments}, name)
         check_scheduler(pipe.scheduler)
         for part, module in pipe.components.items():
             if getattr(module, "is_cache_enabled", False):
@@ -145,6 +147,13 @@ class Parallelized:
                     f"`pipe.{part}` has a cache enabled, which reuses what it computed at the step before: call "
                     f"pipe.{part}.disable_cache() first"
                 )
+            if part in self._looped and isinstance(module, nn.Module):
+                check_mode(module, part)
+
+    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pipe, name = self.pipe, type(self.pipe).__name__
+        bound = inspect.signature(call).bind(pipe, *args, **kwargs)
+        self._check(bound.arguments)
         if self.settings.window == 1:
             return self._sequentially(call, bound)
         named = {**bound.arguments, **bound.arguments.get("kwargs", {})}

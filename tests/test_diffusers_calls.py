@@ -367,20 +367,82 @@ def test_skipped_layers_of_sd3_are_refused_before_any_work():
         made("a red cat", num_inference_steps=4, skip_guidance_layers=[0], output_type="latent")
 
 
-def test_a_loop_that_decides_by_the_timestep_is_refused_and_the_pipeline_restored():
-    pipe = tiny.cogvideox()
-    options = {
-        "prompt": "a cat",
-        "height": 16,
-        "width": 16,
-        "num_frames": 9,
-        "max_sequence_length": 16,
-        "output_type": "latent",
-    }
-    pipe(**options, num_inference_steps=2, use_dynamic_cfg=True)
-    before = fingerprint(pipe)
+@pytest.mark.parametrize(
+    ("build", "argument", "option"),
+    [(tiny.cogvideox, "use_dynamic_cfg", True), (tiny.wan, "boundary_ratio", 0.9)],
+)
+def test_options_that_decide_by_the_timestep_are_refused_before_any_work(build, argument, option):
+    """Guidance that depends on it, an argument of the call; two experts that take turns, part of the configuration."""
+    pipe = build()
+    rows: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: rows.append(1), with_kwargs=True)
+    options = {"prompt": "a cat", "height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16}
+    if argument in inspect.signature(pipe.__call__).parameters:
+        options[argument] = option
+        made = parallelize(pipe)
+    else:
+        made = parallelize(pipe)
+        pipe.register_to_config(**{argument: option})
+        with pytest.raises(UnsupportedError, match=f"`{argument}` is {option}"):
+            parallelize(pipe)
+        parallelize(pipe, window=1)  # the pipeline itself
+    with pytest.raises(UnsupportedError, match=f"`{argument}` is {option}.*does something at certain steps"):
+        made(**options, num_inference_steps=8, output_type="latent")
+    assert rows == []
+
+
+class Deciding(tiny.PolicyPipeline):
+    """Halves what its network says at small timesteps."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            level = t / 100
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+            kept = output if level > 0.5 else 0.5 * output
+            actions = self.scheduler.step(kept, t, actions, generator=generator).prev_sample
+        return (actions,)
+
+
+class DecidingIfAsked(tiny.PolicyPipeline):
+    """The same, if an option says so; otherwise the timestep is looked at in ways that lanes follow."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None, late=False):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for i, t in enumerate(self.scheduler.timesteps):
+            timestep = t if torch.is_tensor(t) and t.ndim == 0 else t[0]
+            weight = torch.where(timestep > 50, 1.0, 0.9)
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), timestep).sample
+            if late and t < 50:
+                output = 0.5 * output
+            actions = self.scheduler.step(weight * output, t, actions, generator=generator).prev_sample
+            if i == len(self.scheduler.timesteps) - 1:
+                assert float(actions.abs().max()) < 100
+        return (actions,)
+
+
+def test_a_loop_that_decides_by_the_timestep_is_refused_at_once():
+    policy = tiny.policy()
+    pipe = Deciding(policy.unet, policy.scheduler)
+    with pytest.raises(UnsupportedError, match=r"decides something by the value of its timestep, `kept = .*level > 0\.5"):
+        parallelize(pipe)
+    one = parallelize(pipe, window=1)(torch.zeros(1, 4), generator=seeded())  # the pipeline itself
+    assert torch.equal(one[0], pipe(torch.zeros(1, 4), generator=seeded())[0])
+
+
+def test_a_decision_that_only_an_option_leads_to_is_refused_when_it_is_met_and_the_pipeline_restored():
+    policy = tiny.policy()
+    pipe = DecidingIfAsked(policy.unet, policy.scheduler)
+    alone = pipe(torch.zeros(1, 4), num_inference_steps=20, generator=seeded())[0]
+    before, made = fingerprint(pipe), parallelize(pipe, window=4, tolerance=1e-4)
+    together = made(torch.zeros(1, 4), num_inference_steps=20, generator=seeded())[0]
+    assert rms(together - alone) < 1e-4
     with pytest.raises(UnsupportedError, match="decides something by the value"):
-        parallelize(pipe)(**options, num_inference_steps=8, use_dynamic_cfg=True)
+        made(torch.zeros(1, 4), generator=seeded(), late=True)
     assert fingerprint(pipe) == before
 
 
@@ -479,14 +541,67 @@ class NoisyPipeline(tiny.PolicyPipeline):
         return (actions,)
 
 
+class NoisyElsewhere(NoisyPipeline):
+    """The same, out of sight."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = self.unet(torch.cat([actions, self.shaken(observation, generator)], 1), t).sample
+            actions = self.scheduler.step(output, t, actions, generator=generator).prev_sample
+        return (actions,)
+
+    def shaken(self, observation, generator):
+        return observation[:, :, None] + 0.1 * torch.randn(1, 4, 16, generator=generator)
+
+
 def test_random_numbers_in_the_loop_are_refused():
     policy = tiny.policy()
-    pipe = NoisyPipeline(policy.unet, policy.scheduler)
+    with pytest.raises(UnsupportedError, match=r"draws random numbers, `condition = observation.*: they would depend on"):
+        parallelize(NoisyPipeline(policy.unet, policy.scheduler))
     with pytest.raises(UnsupportedError, match="random numbers were drawn"):
-        parallelize(pipe, window=4)(torch.zeros(1, 4), generator=seeded())
+        parallelize(NoisyElsewhere(policy.unet, policy.scheduler), window=4)(torch.zeros(1, 4), generator=seeded())
 
 
-def test_networks_that_mix_rows_or_draw_random_numbers_are_refused():
+class Normalised(torch.nn.Module):
+    """A network with batch normalisation before it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.norm, self.inner = torch.nn.BatchNorm1d(6), inner
+
+    def forward(self, sample, timestep):
+        return self.inner(self.norm(sample), timestep)
+
+
+def test_networks_in_training_mode_are_refused_before_any_of_them_is_called():
+    policy = tiny.policy()
+    policy.unet = Normalised(policy.unet)
+    rows = counted(policy)
+    with pytest.raises(
+        UnsupportedError, match=r"`pipe\.unet` has a BatchNorm1d that normalises over its batch.*call pipe\.unet\.eval"
+    ):
+        parallelize(policy, window=4)
+    policy.unet.eval()
+    made = parallelize(policy, window=4)
+    policy.unet.train()
+    with pytest.raises(UnsupportedError, match=r"call pipe\.unet\.eval"):
+        made(torch.zeros(1, 4), generator=seeded())
+    dropping = tiny.stable_diffusion()
+    for module in dropping.unet.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    with pytest.raises(UnsupportedError, match=r"Dropout that draws random numbers.*call pipe\.unet\.eval"):
+        parallelize(dropping, window=4)
+    assert rows == []
+    dropping.unet.eval()
+    dropping.text_encoder.train()  # is not in the loop, and does not drop
+    parallelize(dropping, window=4)(**OPTIONS, generator=seeded())
+
+
+def test_networks_that_mix_rows_are_refused():
     mixing = tiny.policy()
     mixing.unet.register_forward_hook(lambda module, args, out: None)
     forward = mixing.unet.forward
@@ -497,13 +612,6 @@ def test_networks_that_mix_rows_or_draw_random_numbers_are_refused():
     mixing.unet.forward = mixes
     with pytest.raises(UnsupportedError, match="rows influence each other"):
         parallelize(mixing, window=4)(torch.zeros(1, 4), generator=seeded())
-    dropping = tiny.stable_diffusion()
-    dropping.unet.train()
-    for module in dropping.unet.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    with pytest.raises(UnsupportedError, match=r"call \.eval\(\)"):
-        parallelize(dropping, window=4)(**OPTIONS, generator=seeded())
 
 
 def test_nan_from_a_network_is_reported_with_its_step_and_round(pipe):

@@ -33,6 +33,7 @@ ALWAYS = 1e9
 """A threshold that no draft exceeds: every step is tested and rejections are common."""
 SAMPLES = 2000
 BETAS = piadm.schedules.DiscreteBetas.linear(1000)
+STEPS = piadm.DDPM(12)
 
 
 def generator(seed=0):
@@ -376,7 +377,7 @@ class Moved:
         return getattr(self.source, name)
 
 
-def peeks(network, dtype, propagator, window, moved, scheme=piadm.DDPM(12)) -> bool:
+def peeks(network, dtype, propagator, window, moved, scheme=STEPS) -> bool:
     """Whether anything decided before or about step `moved` depends on its ξ and u, in any round up to the one finishing it."""
     denoiser = elementwise(network)
     table = scheme(BETAS)

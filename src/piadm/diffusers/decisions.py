@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 DRAWS = re.compile(
@@ -43,35 +43,42 @@ def decisions(loop: ast.For, numbers: set[str]) -> Iterator[Finding]:
         match node:
             case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) | ast.Assert(test=test):
                 return _follows(test, values)
+            case ast.BoolOp(values=parts):
+                return any(_follows(one, values) for one in parts)
             case ast.Call(func=ast.Attribute(value=value, attr="item" | "tolist" | "numpy")):
                 return _follows(value, values)
             case ast.Call(func=ast.Name(id=name), args=arguments) if NUMBERS.fullmatch(name):
                 return any(_follows(one, values) for one in arguments)
         return False
 
-    yield from _findings(loop, needs, values | numbers)
+    for node, text, conditional in _walk(loop, values | numbers):
+        if needs(node):
+            # what stands first in `a or b` is looked at, the rest if need be
+            later = isinstance(node, ast.BoolOp) and not _follows(node.values[0], values)
+            yield Finding(text, conditional or later)
 
 
 def draws(loop: ast.For, numbers: set[str]) -> Iterator[Finding]:
     """Where a loop draws random numbers of its own."""
 
-    def drawn(node: ast.AST) -> bool:
-        return isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func)) is not None
-
-    yield from _findings(loop, drawn, _timesteps(loop, numbers) | numbers)
+    for node, text, conditional in _walk(loop, _timesteps(loop, numbers) | numbers):
+        if isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func)):
+            yield Finding(text, conditional)
 
 
 def _timesteps(loop: ast.For, numbers: set[str]) -> set[str]:
-    """Names that hold the loop's timestep, or something made of it alone."""
-    if isinstance(loop.iter, ast.Call) and ast.unparse(loop.iter.func) == "range":
+    """Names that always hold the loop's timestep, or something made of its value."""
+    called, target = ast.unparse(loop.iter), loop.target
+    if called.startswith("range("):
         return set()
-    first = isinstance(loop.target, ast.Tuple) and "enumerate(" in ast.unparse(loop.iter)
-    found = _names(loop.target.elts[-1] if first else loop.target) - numbers
+    if isinstance(target, ast.Tuple) and "enumerate(" in called:
+        target = target.elts[-1]
+    found = _names(target) - numbers
     while True:
         more = {
             name
-            for node in ast.walk(loop)
-            if isinstance(node, ast.Assign) and _follows(node.value, found)
+            for node, _, conditional in _walk(loop, found | numbers)
+            if isinstance(node, ast.Assign) and not conditional and _follows(node.value, found)
             for target in node.targets
             if isinstance(target, ast.Name | ast.Tuple)
             for name in _names(target)
@@ -86,7 +93,7 @@ def _names(part: ast.AST) -> set[str]:
 
 
 def _follows(value: ast.expr | None, names: set[str]) -> bool:
-    """Whether an expression's value is made of these names' values."""
+    """Whether an expression's value is always made of these names' values."""
     match value:
         case ast.Name(id=name):
             return name in names
@@ -104,10 +111,12 @@ def _follows(value: ast.expr | None, names: set[str]) -> bool:
             return _any([one, other], names)
         case ast.UnaryOp(operand=inner) | ast.Starred(value=inner):
             return _follows(inner, names)
-        case ast.BoolOp(values=parts) | ast.List(elts=parts) | ast.Tuple(elts=parts):
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
             return _any(parts, names)
+        case ast.BoolOp(values=[first, *_]):
+            return _follows(first, names)  # what comes after it may not be looked at
         case ast.IfExp(test=test, body=body, orelse=orelse):
-            return _any([test, body, orelse], names)
+            return _follows(test, names) or (_follows(body, names) and _follows(orelse, names))
     return False
 
 
@@ -115,20 +124,22 @@ def _any(parts: list[ast.expr], names: set[str]) -> bool:
     return any(_follows(one, names) for one in parts)
 
 
-def _findings(loop: ast.For, wanted: Callable[[ast.AST], bool], own: set[str]) -> Iterator[Finding]:
-    """Wanted nodes of a loop's body; a condition on the loop's `own` counters alone is met at some step."""
+def _walk(loop: ast.For, own: set[str]) -> Iterator[tuple[ast.AST, str, bool]]:
+    """The nodes of a loop's body, the statement that each is part of, and whether it may never be run.
+
+    A condition on the loop's `own` counters alone is met at some step.
+    """
 
     def settled(test: ast.AST) -> bool:
         return bool(_names(test) & own) and not any(isinstance(node, ast.BoolOp) for node in ast.walk(test))
 
-    def visit(node: ast.AST, text: str, conditional: bool) -> Iterator[Finding]:
+    def visit(node: ast.AST, text: str, conditional: bool) -> Iterator[tuple[ast.AST, str, bool]]:
         match node:
             case ast.If(test=head) | ast.While(test=head) | ast.For(iter=head):
-                text = ast.unparse(head)
+                text = " ".join(ast.unparse(head).split())
             case ast.stmt() if not isinstance(node, ast.With | ast.Try | ast.FunctionDef):
-                text = ast.unparse(node)
-        if wanted(node):
-            yield Finding(" ".join(text.split()), conditional)
+                text = " ".join(ast.unparse(node).split())
+        yield node, text, conditional
         for child, conditions in _children(node):
             yield from visit(child, text, conditional or not all(map(settled, conditions)))
 
@@ -136,7 +147,7 @@ def _findings(loop: ast.For, wanted: Callable[[ast.AST], bool], own: set[str]) -
         yield from visit(statement, "", False)
 
 
-def _children(node: ast.AST) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
+def _children(node: ast.AST) -> Iterator[tuple[ast.AST, Sequence[ast.AST]]]:
     """The parts of a node, each with the conditions under which it is run."""
     match node:
         case ast.If(test=head, body=body, orelse=other) | ast.While(test=head, body=body, orelse=other):
@@ -145,7 +156,7 @@ def _children(node: ast.AST) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
         case ast.IfExp(test=head, body=one, orelse=two):
             yield from ((head, []), (one, [head]), (two, [head]))
         case ast.BoolOp(values=values):
-            yield from ((child, list(values[:place])) for place, child in enumerate(values))
+            yield from ((child, values[:place]) for place, child in enumerate(values))
         case ast.For(iter=head, body=body):
             yield head, []
             yield from ((child, [head]) for child in body)

@@ -105,9 +105,9 @@ class Parallelized:
             raise TypeError(f"`pipe` is a {name}: give a diffusers pipeline, for example StableDiffusionPipeline")
         if getattr(pipe, "scheduler", None) is None:
             raise UnsupportedError(f"`pipe` is a {name}, which has no `scheduler`: there are no steps to run in parallel")
-        self._guards, self._once = check_loop(type(pipe)), loops_once(type(pipe))
-        self._looped = mentioned(type(pipe))
         self.pipe, self.settings, self.last_result = pipe, settings, None
+        self._guards = [] if settings.window == 1 else check_loop(type(pipe))
+        self._once, self._looped = loops_once(type(pipe)), mentioned(type(pipe))
         self._check({})
         self._own = type(pipe).__call__  # which `parallel` takes the place of
         self._tables: dict[Any, Probe] = {}
@@ -138,9 +138,11 @@ class Parallelized:
     def _check(self, arguments: Mapping[str, Any]) -> None:
         """Raises `UnsupportedError` for what can be known of a call with these arguments before any work."""
         pipe, name = self.pipe, type(self.pipe).__name__
+        check_scheduler(pipe.scheduler)
+        if self.settings.window == 1:
+            return  # the pipeline itself
         for guard in self._guards:
             guard.check({**getattr(pipe, "config", {}), **arguments}, name)
-        check_scheduler(pipe.scheduler)
         for part, module in pipe.components.items():
             if getattr(module, "is_cache_enabled", False):
                 raise UnsupportedError(

@@ -658,9 +658,6 @@ def test_exact_runs_test_every_step_that_has_noise():
 def test_exact_runs_say_what_they_need(pipe):
     with pytest.raises(UnsupportedError, match="draws no noise"):
         parallelize(pipe, exact=True)(**OPTIONS)
-    pipe.scheduler = diffusers.DDPMScheduler(**tiny.STABLE, clip_sample=False)
-    with pytest.raises(UnsupportedError, match="batch of 2"):
-        parallelize(pipe, exact=True)(**OPTIONS, num_images_per_prompt=2)
 
 
 def test_exact_runs_have_the_law_of_the_sequential_pipeline():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,9 @@ from piadm.memory import require_limit
 from piadm.ranks import Ranks
 from piadm.result import Result
 from piadm.speculative import THRESHOLD
+
+BATCHES = ("prompt", "generator", "class_labels", "image")
+"""Arguments of pipelines that may be a list of one for each sample."""
 
 
 def parallelize(
@@ -112,6 +116,7 @@ class Parallelized:
         self._own = type(pipe).__call__  # which `parallel` takes the place of
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
+        self._separate: dict[Any, bool] = {}
         self._costs: dict[Hashable, int] = {}
         self._found: dict[str, int] = {}
         self._probe_early()
@@ -163,7 +168,8 @@ class Parallelized:
         expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
         generator = named.get("generator")
         slices = Slices(self.settings.max_memory, self._costs, self._found, self.settings.ranks)
-        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, generator, self._once, expected, slices)
+        known = self._tables, self._checked, self._separate
+        run = Run(self.settings, pipe.scheduler, *known, generator, self._once, expected, slices)
         width = self._width(bound)
         held: list[Any] = []
 
@@ -215,15 +221,26 @@ class Parallelized:
         return out
 
     def _width(self, bound: inspect.BoundArguments) -> int:
-        """Lanes to provide: the window, or for all steps more than any scheduler makes of `num_inference_steps`."""
-        if self.settings.window is not None:
-            return self.settings.window
+        """Lanes to provide: one for every step in the window of any sample, which are at most all steps."""
         bound = inspect.BoundArguments(bound.signature, bound.arguments.copy())
         bound.apply_defaults()
         lists = [bound.arguments.get(one) for one in ("timesteps", "sigmas")]
         asked = [2 * len(one) for one in lists if one is not None]
         number = bound.arguments.get("num_inference_steps")
-        return max([*asked, 2 * number if isinstance(number, int) else 0, 2]) + 10
+        # more steps than any scheduler makes of `num_inference_steps`
+        total = max([*asked, 2 * number if isinstance(number, int) else 0, 2]) + 10
+        window = self.settings.window
+        return total if window is None else max(window, min(total, window * samples_of(bound.arguments)))
+
+
+def samples_of(arguments: Mapping[str, Any]) -> int:
+    """About how many samples a call asks for; where the arguments do not tell, samples far ahead of others wait for them."""
+    several = [value for name, value in arguments.items() if re.fullmatch(r"num_\w+_per_prompt", name)]
+    counts = [arguments.get("batch_size"), *(len(arguments[name]) for name in BATCHES if isinstance(arguments.get(name), list))]
+    counts += [len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1]
+    return max(count for count in [1, *counts] if isinstance(count, int)) * max(
+        (count for count in several if isinstance(count, int)), default=1
+    )
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def test_the_pipeline_is_exactly_as_before_after_a_call_and_after_an_exception(p
 
     with pytest.raises(Boom):
         made(**OPTIONS, callback_on_step_end=fails)
+    assert made.last_result is None
     assert fingerprint(pipe) == before
     assert not isinstance(getattr(pipe, "_current_timestep", None), torch.Tensor)
     forward = pipe.unet.forward

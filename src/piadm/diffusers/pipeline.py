@@ -20,11 +20,12 @@ from piadm.diffusers.lanes import Lanes, Network, check_mode
 from piadm.diffusers.loop import check_loop, loops_once, mentioned
 from piadm.diffusers.probing import Probe, UnsupportedError, check_scheduler, probe
 from piadm.diffusers.progress import Bar
-from piadm.diffusers.run import Run, Settings
+from piadm.diffusers.run import Entangled, Run, Settings
 from piadm.diffusers.scheduler import in_lanes, recorded
 from piadm.diffusers.slices import Slices
 from piadm.errors import require, require_count, require_positive
 from piadm.memory import require_limit
+from piadm.noise import read_generators
 from piadm.ranks import Ranks
 from piadm.result import Result
 from piadm.speculative import THRESHOLD
@@ -59,9 +60,8 @@ def parallelize(
         variance: Variance of the latents per coordinate, about 1 for latent diffusion, 0.3 for pixels in [-1, 1] (a bad
             guess costs rounds and misleads the stopping rule).
         exact: Whether samples are to have exactly the law of the sequential run, as `piadm.Exact` does it, in place of being
-            within `tolerance` of its sample: for schedulers that draw noise, one sample a call. A step
-            whose noise the network does not see (half of KDPM2 ancestral's, SA-Solver's outside of its `tau_func`) costs a
-            round.
+            within `tolerance` of its sample: for schedulers that draw noise. A step whose noise the network does not see
+            (half of KDPM2 ancestral's, SA-Solver's outside of its `tau_func`) costs a round.
         max_memory: Bytes that a call's rounds may take besides the networks' weights, or a fraction of the device's memory
             (`0.5`). Networks are called for as many steps of the window at once as fit, by their measured cost (of four steps,
             once for each shape), and the first step is taken alone; a window whose states do not fit is refused. See
@@ -117,6 +117,7 @@ class Parallelized:
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
         self._separate: dict[Any, bool] = {}
+        self._entangled = False
         self._costs: dict[Hashable, int] = {}
         self._found: dict[str, int] = {}
         self._probe_early()
@@ -158,17 +159,29 @@ class Parallelized:
                 check_mode(module, part)
 
     def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        pipe, name = self.pipe, type(self.pipe).__name__
+        pipe, self.last_result = self.pipe, None
         bound = inspect.signature(call).bind(pipe, *args, **kwargs)
         self._check(bound.arguments)
         if self.settings.window == 1:
             return self._sequentially(call, bound)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}.get("generator")
+        generators = [one for one in read_generators(given) if one is not None]
+        rewind = _rewinder(generators)
+        try:
+            return self._in_parallel(call, bound)
+        except Entangled:
+            self._entangled = True
+        rewind()
+        return self._in_parallel(call, inspect.signature(call).bind(pipe, *args, **kwargs))
+
+    def _in_parallel(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        pipe, name = self.pipe, type(self.pipe).__name__
         named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         takes = inspect.signature(pipe.scheduler.step).parameters
         expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
         generator = named.get("generator")
         slices = Slices(self.settings.max_memory, self._costs, self._found, self.settings.ranks)
-        known = self._tables, self._checked, self._separate
+        known = self._tables, self._checked, self._separate, self._entangled
         run = Run(self.settings, pipe.scheduler, *known, generator, self._once, expected, slices)
         width = self._width(bound)
         held: list[Any] = []
@@ -241,6 +254,21 @@ def samples_of(arguments: Mapping[str, Any]) -> int:
     return max(count for count in [1, *counts] if isinstance(count, int)) * max(
         (count for count in several if isinstance(count, int)), default=1
     )
+
+
+def _rewinder(generators: list[torch.Generator]) -> Callable[[], None]:
+    """A function that puts these generators, and torch's own, back to where they are now."""
+    states, own = [one.get_state() for one in generators], torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def rewind() -> None:
+        torch.set_rng_state(own)
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return rewind
 
 
 @contextmanager

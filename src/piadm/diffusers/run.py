@@ -27,6 +27,10 @@ from piadm.speculative import SpeculativeSolver
 from piadm.tables import Table
 
 
+class Entangled(Exception):
+    """A pipeline mixes the samples of its batch, so the run has to be made again with all of them at the same steps."""
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """How pipelines are run; see `parallelize`."""
@@ -93,6 +97,7 @@ class Run:
         tables: Tables probed in earlier calls.
         checked: Names of networks whose lanes were compared with a single evaluation in earlier calls.
         separate: Whether networks answer each sample of a batch by itself, as far as earlier calls found out.
+        entangled: Whether the pipeline is known to mix the samples of a batch by itself.
         generator: What the pipeline was called with.
         slices: How networks are called.
     """
@@ -104,6 +109,7 @@ class Run:
         tables: dict[Any, Probe],
         checked: set[Any],
         separate: dict[Any, bool],
+        entangled: bool,
         generator: GeneratorLike,
         once: bool,
         expected: dict[str, Any],
@@ -111,7 +117,7 @@ class Run:
     ) -> None:
         self.once, self.expected, self.slices = once, expected, slices
         self.settings, self.base, self.tables, self.checked = settings, type(scheduler), tables, checked
-        self.separate = separate
+        self.separate, self.entangled = separate, entangled
         self._asked: dict[Any, tuple[Network, tuple[Any, ...], dict[str, Any]]] = {}  # in the first round
         self._active: Tensor | None = None  # which samples are evaluated in which lanes; None for all in all
         self._parted = False  # whether there was a round in which not all were
@@ -339,15 +345,15 @@ class Run:
     def _solver(self, noise: SchedulerNoise, samples: int) -> Solver:
         mean, variance, tolerance = self.settings.mean, self.settings.variance, self.settings.tolerance
         table = self.probe.table
-        apart = samples == 1 or self._apart(samples)
+        apart = samples == 1 or (not self.entangled and self._apart(samples))
         self._asked.clear()
         window = (Opening if apart else Together)(self._size, self.first, self._lanes.width)
         if self.settings.threshold is None:
             return Solver(table, noise, Secant(variance), window, Jump(mean, variance), tolerance, variance)
         if not apart:
             raise UnsupportedError(
-                f"`exact` is True for a batch of {samples}, which a network of the pipeline does not keep apart: samples of an "
-                "exact run finish steps one by one; call it once for each sample"
+                f"`exact` is True for a batch of {samples}, which the pipeline or one of its networks does not keep apart: "
+                "samples of an exact run finish steps one by one; call it once for each sample"
             )
         if not table.stochastic:
             raise UnsupportedError(
@@ -447,16 +453,12 @@ class Run:
         self.last_prediction[sample] = f[lane, sample].reshape(-1, *self.shape[1:]).to(self.dtype)
 
     def _untangled(self, output: Tensor) -> None:
-        """Raises `UnsupportedError` if what was left out of a round comes out in what was not."""
+        """Raises `Entangled` if what was left out of a round comes out in what was not."""
         if self._active is None or self._parted:
             return
         self._parted = True
-        finite = bool(output.isfinite().all(-1)[self._inside].all())
-        if not finite and self._finite:
-            raise UnsupportedError(
-                f"the pipeline mixes the {self.shape[0]} samples of its batch in another way than guidance does, so they "
-                "cannot finish steps one by one; call it once for each sample"
-            )
+        if self._finite and not bool(output.isfinite().all(-1)[self._inside].all()):
+            raise Entangled
 
     def _clipped(self, x0: Tensor) -> Tensor:
         kappa = self.probe.clipping

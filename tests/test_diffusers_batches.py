@@ -74,14 +74,15 @@ def test_each_sample_of_a_batch_is_what_it_is_alone_with_its_generator(build, ex
         assert (counts.accepted + counts.rejected + counts.recomputed).tolist() == [30] * 3
 
 
-def test_samples_of_one_elementwise_network_are_bit_for_bit_what_they_are_alone():
+def test_a_batch_of_an_elementwise_network_parts_from_its_samples_alone_by_the_last_bits():
     pipe = tiny.quiet(tiny.LoopPipeline(tiny.Small(), diffusers.DDPMScheduler(clip_sample=False)))
     for exact in (False, True):
         made = parallelize(pipe, window=6, exact=exact, tolerance=1e-3)
         together = made(40, [seeded(seed) for seed in range(4)], 4)[0]
         evaluations = made.last_result.evaluations
         alone = [(made(40, [seeded(seed)], 1)[0], made.last_result.evaluations) for seed in range(4)]
-        assert torch.equal(together, torch.cat([sample for sample, _ in alone]))
+        size = 1e-6 * float(together.abs().max())
+        assert gap(together, torch.cat([sample for sample, _ in alone])) < size
         assert len({count for _, count in alone}) > 1  # they go apart
         assert evaluations == sum(count for _, count in alone) / 4
 

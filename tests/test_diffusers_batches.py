@@ -170,3 +170,26 @@ def test_samples_that_a_pipeline_mixes_itself_go_together_once_that_is_found_out
     with pytest.raises(UnsupportedError, match=r"for a batch of 3, which .* does not keep apart"):
         parallelize(pipe, window=5, exact=True)(40, seeded(0), 3)
     parallelize(pipe, window=5, exact=True)(40, seeded(0), 1)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["parallel", "exact"])
+def test_noise_is_kept_for_windows_that_are_cut_and_filled_again(exact):
+    """What is NaN at guessed states alone ends a window there; the steps beyond enter it a second time, with their noise."""
+    pipe = tiny.quiet(tiny.LoopPipeline(tiny.Small(), diffusers.DDPMScheduler(clip_sample=False)))
+    alone = pipe(40, seeded(0), 1)[0]
+    forward, calls = pipe.unet.forward, [0]
+
+    def breaks(sample: torch.Tensor, timestep: torch.Tensor) -> Any:
+        calls[0] += 1
+        out = forward(sample, timestep)
+        if calls[0] in (5, 8):
+            out.sample[2:] = torch.nan  # all lanes but the first two
+        return out
+
+    pipe.unet.forward = breaks
+    made = parallelize(pipe, window=6, exact=exact, tolerance=1e-3)
+    together = made(40, seeded(0), 1)[0]
+    assert made.last_result.converged
+    assert together.isfinite().all()
+    if not exact:
+        assert float((together - alone).square().mean().sqrt()) < 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from typing import Any
@@ -9,9 +10,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 import piadm
 from piadm.diffusers import UnsupportedError, parallel, parallelize
+from piadm.diffusers.run import Opening
+from piadm.diffusers.scheduler import SchedulerNoise
+from piadm.fills import Jump
+from piadm.propagators import Secant
+from piadm.speculative import THRESHOLD, SpeculativeSolver
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -661,27 +668,36 @@ def test_exact_runs_say_what_they_need(pipe):
         parallelize(pipe, exact=True)(**OPTIONS)
 
 
-def test_exact_runs_have_the_law_of_the_sequential_pipeline():
-    """A linear network: every coordinate of a sample is Gaussian, with the variance that the scheduler's table gives."""
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDPMScheduler(clip_sample=False),
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+        diffusers.SASolverScheduler(),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+@torch.no_grad()
+def test_exact_runs_are_those_of_the_solver_whose_law_is_tested(scheduler):
+    """Driven by hand, on the scheduler's table and noise; `tests/test_exact.py` tests its law."""
+    network, steps, samples, variance = tiny.Small(), 16, 5, 2.0
+    made = parallelize(tiny.quiet(tiny.LoopPipeline(network, scheduler)), window=6, exact=True, variance=variance)
+    together, result = made(steps, seeded(0), samples)[0], made.last_result
 
-    scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    pipe = tiny.quiet(diffusers.DDPMPipeline(tiny.Linear(), scheduler))
-    scheduler.set_timesteps(8)
-    found = piadm.diffusers.probe(scheduler, scheduler.timesteps)
-    variance, gains = 1.0, tiny.Linear.gain(scheduler.timesteps)
-    for m in range(8):
-        slope = found.on_state[m] + found.on_output[m] * gains[m]
-        rate = found.table.A[m, 0, 0] + found.table.B[m, 0] * slope
-        variance = float(rate**2 * variance + found.table.C[m, 0, 0] ** 2)
-    made = parallelize(pipe, window=4, exact=True, variance=2.0)
-    samples, rejected = [], 0
-    generator = seeded(0)
-    for _ in range(60):
-        made(batch_size=1, num_inference_steps=8, generator=generator, output_type="np")
-        samples.append(made.last_result.samples)
-        rejected += int(made.last_result.acceptance.rejected)
-    values = torch.stack(samples).double()
-    count = values.numel()
-    assert rejected > 20
-    assert abs(float(values.square().mean()) / variance - 1) < 4 * (2 / count) ** 0.5
-    assert abs(float(values.mean())) < 4 * (variance / count) ** 0.5
+    scheduler.set_timesteps(steps)
+    found, generator = piadm.diffusers.probe(scheduler, scheduler.timesteps), seeded(0)
+    start = randn_tensor((samples, 4, 4, 4), generator)
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    noise = SchedulerNoise(copy.deepcopy(scheduler), found, start, start, options, torch.float32)
+    policies = Secant(variance), Opening(6, 1, 6 * samples), Jump(0.0, variance), 1.0, variance
+    solver = SpeculativeSolver(found.table, noise, *policies, threshold=THRESHOLD)
+    state = solver.init(start.flatten(1))
+    while not state.done:
+        asked = solver.request(state)
+        g = network(asked.x.unflatten(1, (4, 4, 4)), scheduler.timesteps[asked.t]).sample.flatten(1)
+        P, Q = (values[asked.t, None].float() for values in (found.on_state, found.on_output))
+        state = solver.update(state, P * asked.x + Q * g)
+    counts = solver.acceptance(state)
+    assert int(counts.accepted.sum()) > samples
+    assert (result.rounds, result.acceptance.rejected.tolist()) == (state.rounds, counts.rejected.tolist())
+    torch.testing.assert_close(together.flatten(1), state.finished(), rtol=1e-4, atol=1e-4)

@@ -423,6 +423,8 @@ class DecidingIfAsked(tiny.PolicyPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         for i, t in enumerate(self.scheduler.timesteps):
             timestep = t if torch.is_tensor(t) and t.ndim == 0 else t[0]
+            if t.is_floating_point() or torch.is_complex(t) or t.dtype == torch.uint8:
+                timestep = timestep.long()
             weight = torch.where(timestep > 50, 1.0, 0.9)
             output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), timestep).sample
             if late and t < 50:

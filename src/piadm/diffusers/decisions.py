@@ -18,13 +18,14 @@ DRAWS = re.compile(
 )
 """Functions that draw random numbers."""
 
-OF_VALUES = re.compile(r"(torch|math|np|numpy)\..*|float|int|bool|min|max|abs|round|sum")
+OF_VALUES = re.compile(r"(torch|math|np|numpy)\.(?!is_).*|float|int|bool|min|max|abs|round|sum")
 """Functions whose value is made of their arguments' values; what methods of the pipeline make of them is not known."""
 
 NUMBERS = re.compile(r"float|int|bool|min|max|round")
 """Those that need one value."""
 
-OF_SHAPES = ("shape", "dtype", "device", "ndim", "dim", "size", "numel")
+OF_KINDS = re.compile(r"shape|dtype|device|ndim|dim|size|numel|is_\w+")
+"""Attributes and methods of a tensor that do not look at its values."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,6 @@ def decisions(loop: ast.For, numbers: set[str]) -> Iterator[Finding]:
 
 def draws(loop: ast.For, numbers: set[str]) -> Iterator[Finding]:
     """Where a loop draws random numbers of its own."""
-
     for node, text, conditional in _walk(loop, _timesteps(loop, numbers) | numbers):
         if isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func)):
             yield Finding(text, conditional)
@@ -98,13 +98,13 @@ def _follows(value: ast.expr | None, names: set[str]) -> bool:
         case ast.Name(id=name):
             return name in names
         case ast.Attribute(value=inner, attr=name):
-            return name not in OF_SHAPES and _follows(inner, names)
+            return OF_KINDS.fullmatch(name) is None and _follows(inner, names)
         case ast.Call(func=function, args=arguments, keywords=keywords):
             if isinstance(function, ast.Attribute) and _follows(function.value, names):
-                return function.attr not in OF_SHAPES
+                return OF_KINDS.fullmatch(function.attr) is None
             name = ast.unparse(function)
             parts = [*arguments, *(one.value for one in keywords)]
-            return name != "torch.is_tensor" and OF_VALUES.fullmatch(name) is not None and _any(parts, names)
+            return OF_VALUES.fullmatch(name) is not None and _any(parts, names)
         case ast.Compare(left=left, ops=ops, comparators=others):
             return not all(isinstance(one, ast.Is | ast.IsNot) for one in ops) and _any([left, *others], names)
         case ast.BinOp(left=one, right=other) | ast.Subscript(value=one, slice=other):

@@ -1,10 +1,12 @@
-r"""The law of a run, tested on its innovations $ζ_m = C_m^{-1} (x_{m+1} - A_m x_m - B_m f(x_m))$ between finished states.
+r"""The law of a run, tested on its innovations $ζ_m = C_m^+ (x_{m+1} - A_m x_m - B_m f(x_m))$ between finished states.
 
 If every step has the scheme's law, $ζ_m$ is $N(0, I)$ given all that was drawn for earlier steps, whatever the target. So
 
 - $z_m = ⟨ζ_m, a_m⟩$ is $N(0, 1)$ and independent from step to step, for unit vectors $a_m$ made from what was drawn before;
 - $\sum_m w_m z_m / \sqrt{\sum w_m^2}$ and $\sum_m w_m (z_m^2 - 1) / \sqrt{2 \sum w_m^2}$ are standard normal in the limit of
   many terms, for weights $w_m$ made likewise: the joint moments of noise and state.
+
+What the noise cannot explain, $x_{m+1} - A_m x_m - B_m f(x_m) - C_m ζ_m$, must be zero.
 
 $a_m$ is the direction of the draft's error $e_m$ when a scan first came to step $m$: whatever is wrong with a test shows there.
 """
@@ -32,8 +34,9 @@ class Run:
 
     path: Tensor  # (M + 1, k, S, D)
     error: Tensor  # (M, k, S, D), e_m
-    innovation: Tensor  # (M', k, S, D), of the steps that have noise
+    innovation: Tensor  # (M', k', S, D), of the steps whose noise the network sees, and of the components that are drawn
     steps: Tensor  # (M',)
+    off: float  # the largest part of any step that its noise cannot explain
     state: Speculation
 
 
@@ -56,10 +59,17 @@ def observe(
     noise = Noise(torch.Generator().manual_seed(seed), samples, size, k, torch.device("cpu"), dtype)
     propagator = piadm.propagators.Secant(denoiser.variance) if propagator is None else propagator
     policies = propagator, piadm.windows.Sliding(window), Jump(denoiser.mean, denoiser.variance)
-    one = solver(table, noise, *policies, 1.0, denoiser.variance, threshold=threshold)
+    scans: list[tuple[Tensor, Tensor]] = []
+
+    class Watched(solver):
+        def _recalled(self, *given):
+            scans.append(super()._recalled(*given))
+            return scans[-1]
+
+    one = Watched(table, noise, *policies, 1.0, denoiser.variance, threshold=threshold)
     network = _Network(denoiser, event, samples, condition)
     rows = table.cast(noise.device, dtype)
-    inverse = torch.linalg.pinv(table.C).to(dtype)
+    lift = torch.linalg.pinv(table.C[:, :1]).to(dtype)
     path = torch.full((total + 1, k, samples, size), torch.nan, dtype=dtype)
     error = torch.full((total, k, samples, size), torch.nan, dtype=dtype)
     state = one.init(noise.start() * table.scale)
@@ -69,27 +79,31 @@ def observe(
         answer = network(request)
         after = one.update(state, answer)
         steps, valid = state.placement.steps.clamp(max=total - 1), state.placement.valid
-        f = torch.zeros(*valid.shape, size, dtype=dtype)
-        f[valid] = answer
-        mean = one._rows_at(state.start, len(valid)).step(state.x[:-1], f, None)
-        e = torch.einsum("wsij,wjsd->wsid", inverse[steps], state.mean - mean)
+        drafted, mean = scans[-1]
+        e = torch.einsum("wsij,wjsd->wsid", lift[steps], (state.mean - mean)[:, :1])
+        kept = drafted + torch.einsum("wsij,wjsd->wisd", table.C[steps].to(dtype), state.noise)
         lane, count = torch.arange(len(valid))[:, None], after.start - state.start
         # the scan may have looked at the lane after the last finished one
         first = (lane <= count) & valid & error[steps, 0, torch.arange(samples), 0].isnan()
         w, s = first.nonzero(as_tuple=True)
         error[steps[w, s], :, s] = e[w, s]
         w, s = ((lane + 1 < count) & valid).nonzero(as_tuple=True)
-        path[steps[w, s] + 1, :, s] = state.x[w + 1, :, s]
+        path[steps[w, s] + 1, :, s] = kept[w, :, s]
         path[after.start, :, torch.arange(samples)] = after.x[0].movedim(1, 0)
         state = after
-    regular = (torch.linalg.matrix_rank(table.C) == k).nonzero().flatten()
-    innovation = []
-    for m in regular.tolist():
+    seen = (table.C[:, 0] != 0).any(1).nonzero().flatten()
+    drawn = (table.C != 0).any(0).any(0)
+    innovation, off = [], 0.0
+    for m in range(total):
         x = path[m]
         f = denoiser(x[0].reshape(samples, *event), table.times[m].expand(samples), **condition).reshape(samples, size)
-        phi = rows.take(torch.tensor([[m]])).step(x[None], f[None], None)[0]
-        innovation.append(torch.einsum("ij,jsd->isd", inverse[m], path[m + 1] - phi))
-    return Run(path, error[regular], torch.stack(innovation), regular, state)
+        gap = path[m + 1] - rows.take(torch.tensor([[m]])).step(x[None], f[None], None)[0]
+        C = table.C[m].to(dtype)
+        zeta = torch.einsum("ij,jsd->isd", torch.linalg.pinv(C), gap)
+        off = max(off, float((gap - torch.einsum("ij,jsd->isd", C, zeta)).abs().max()))
+        if m in seen:
+            innovation.append(zeta[drawn])
+    return Run(path, error[seen][:, drawn], torch.stack(innovation), seen, off, state)
 
 
 def evidence(run: Run) -> float:
@@ -102,7 +116,7 @@ def evidence(run: Run) -> float:
     x = run.path[run.steps].double()
     before = torch.zeros_like(z)
     before[1:] = z[:-1].nan_to_num() * (run.steps.diff() == 1)[:, None] * far[:-1]
-    along = (x * e / length.clamp(min=1e-300)).sum((1, 3))
+    along = (x[:, :1] * e / length.clamp(min=1e-300)).sum((1, 3))
     weights = {"one": torch.ones_like(z), "length": length[:, 0, :, 0], "state": along, "noise before": before}
     p = [stats.kstest(z[far].numpy(), "norm").pvalue, stats.kstest(zeta.flatten().numpy(), "norm").pvalue]
     for w in weights.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from typing import Any
@@ -9,9 +10,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 import piadm
 from piadm.diffusers import UnsupportedError, parallel, parallelize
+from piadm.diffusers.run import Opening
+from piadm.diffusers.scheduler import SchedulerNoise
+from piadm.fills import Jump
+from piadm.propagators import Secant
+from piadm.speculative import THRESHOLD, SpeculativeSolver
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,6 +70,7 @@ def test_the_pipeline_is_exactly_as_before_after_a_call_and_after_an_exception(p
 
     with pytest.raises(Boom):
         made(**OPTIONS, callback_on_step_end=fails)
+    assert made.last_result is None
     assert fingerprint(pipe) == before
     assert not isinstance(getattr(pipe, "_current_timestep", None), torch.Tensor)
     forward = pipe.unet.forward
@@ -367,20 +375,84 @@ def test_skipped_layers_of_sd3_are_refused_before_any_work():
         made("a red cat", num_inference_steps=4, skip_guidance_layers=[0], output_type="latent")
 
 
-def test_a_loop_that_decides_by_the_timestep_is_refused_and_the_pipeline_restored():
-    pipe = tiny.cogvideox()
-    options = {
-        "prompt": "a cat",
-        "height": 16,
-        "width": 16,
-        "num_frames": 9,
-        "max_sequence_length": 16,
-        "output_type": "latent",
-    }
-    pipe(**options, num_inference_steps=2, use_dynamic_cfg=True)
-    before = fingerprint(pipe)
+@pytest.mark.parametrize(
+    ("build", "argument", "option"),
+    [(tiny.cogvideox, "use_dynamic_cfg", True), (tiny.wan, "boundary_ratio", 0.9)],
+)
+def test_options_that_decide_by_the_timestep_are_refused_before_any_work(build, argument, option):
+    """Guidance that depends on it, an argument of the call; two experts that take turns, part of the configuration."""
+    pipe = build()
+    rows: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args, kwargs: rows.append(1), with_kwargs=True)
+    options = {"prompt": "a cat", "height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16}
+    if argument in inspect.signature(pipe.__call__).parameters:
+        options[argument] = option
+        made = parallelize(pipe)
+    else:
+        made = parallelize(pipe)
+        pipe.register_to_config(**{argument: option})
+        with pytest.raises(UnsupportedError, match=f"`{argument}` is {option}"):
+            parallelize(pipe)
+        parallelize(pipe, window=1)  # the pipeline itself
+    with pytest.raises(UnsupportedError, match=f"`{argument}` is {option}.*does something at certain steps"):
+        made(**options, num_inference_steps=8, output_type="latent")
+    assert rows == []
+
+
+class Deciding(tiny.PolicyPipeline):
+    """Halves what its network says at small timesteps."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            level = t / 100
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+            kept = output if level > 0.5 else 0.5 * output
+            actions = self.scheduler.step(kept, t, actions, generator=generator).prev_sample
+        return (actions,)
+
+
+class DecidingIfAsked(tiny.PolicyPipeline):
+    """The same, if an option says so; otherwise the timestep is looked at in ways that lanes follow."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None, late=False):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for i, t in enumerate(self.scheduler.timesteps):
+            timestep = t if torch.is_tensor(t) and t.ndim == 0 else t[0]
+            if t.is_floating_point() or torch.is_complex(t) or t.dtype == torch.uint8:
+                timestep = timestep.long()
+            weight = torch.where(timestep > 50, 1.0, 0.9)
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), timestep).sample
+            if late and t < 50:
+                output = 0.5 * output
+            actions = self.scheduler.step(weight * output, t, actions, generator=generator).prev_sample
+            if i == len(self.scheduler.timesteps) - 1:
+                assert float(actions.abs().max()) < 100
+        return (actions,)
+
+
+def test_a_loop_that_decides_by_the_timestep_is_refused_at_once():
+    policy = tiny.policy()
+    pipe = Deciding(policy.unet, policy.scheduler)
+    with pytest.raises(UnsupportedError, match=r"decides something by the value of its timestep, `kept = .*level > 0\.5"):
+        parallelize(pipe)
+    one = parallelize(pipe, window=1)(torch.zeros(1, 4), generator=seeded())  # the pipeline itself
+    assert torch.equal(one[0], pipe(torch.zeros(1, 4), generator=seeded())[0])
+
+
+def test_a_decision_that_only_an_option_leads_to_is_refused_when_it_is_met_and_the_pipeline_restored():
+    policy = tiny.policy()
+    pipe = DecidingIfAsked(policy.unet, policy.scheduler)
+    alone = pipe(torch.zeros(1, 4), num_inference_steps=20, generator=seeded())[0]
+    before, made = fingerprint(pipe), parallelize(pipe, window=4, tolerance=1e-4)
+    together = made(torch.zeros(1, 4), num_inference_steps=20, generator=seeded())[0]
+    assert rms(together - alone) < 1e-4
     with pytest.raises(UnsupportedError, match="decides something by the value"):
-        parallelize(pipe)(**options, num_inference_steps=8, use_dynamic_cfg=True)
+        made(torch.zeros(1, 4), generator=seeded(), late=True)
     assert fingerprint(pipe) == before
 
 
@@ -479,14 +551,67 @@ class NoisyPipeline(tiny.PolicyPipeline):
         return (actions,)
 
 
+class NoisyElsewhere(NoisyPipeline):
+    """The same, out of sight."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=10, generator=None):
+        actions = torch.randn(len(observation), 2, 16, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = self.unet(torch.cat([actions, self.shaken(observation, generator)], 1), t).sample
+            actions = self.scheduler.step(output, t, actions, generator=generator).prev_sample
+        return (actions,)
+
+    def shaken(self, observation, generator):
+        return observation[:, :, None] + 0.1 * torch.randn(1, 4, 16, generator=generator)
+
+
 def test_random_numbers_in_the_loop_are_refused():
     policy = tiny.policy()
-    pipe = NoisyPipeline(policy.unet, policy.scheduler)
+    with pytest.raises(UnsupportedError, match=r"draws random numbers, `condition = observation.*: they would depend on"):
+        parallelize(NoisyPipeline(policy.unet, policy.scheduler))
     with pytest.raises(UnsupportedError, match="random numbers were drawn"):
-        parallelize(pipe, window=4)(torch.zeros(1, 4), generator=seeded())
+        parallelize(NoisyElsewhere(policy.unet, policy.scheduler), window=4)(torch.zeros(1, 4), generator=seeded())
 
 
-def test_networks_that_mix_rows_or_draw_random_numbers_are_refused():
+class Normalised(torch.nn.Module):
+    """A network with batch normalisation before it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.norm, self.inner = torch.nn.BatchNorm1d(6), inner
+
+    def forward(self, sample, timestep):
+        return self.inner(self.norm(sample), timestep)
+
+
+def test_networks_in_training_mode_are_refused_before_any_of_them_is_called():
+    policy = tiny.policy()
+    policy.unet = Normalised(policy.unet)
+    rows = counted(policy)
+    with pytest.raises(
+        UnsupportedError, match=r"`pipe\.unet` has a BatchNorm1d that normalises over its batch.*call pipe\.unet\.eval"
+    ):
+        parallelize(policy, window=4)
+    policy.unet.eval()
+    made = parallelize(policy, window=4)
+    policy.unet.train()
+    with pytest.raises(UnsupportedError, match=r"call pipe\.unet\.eval"):
+        made(torch.zeros(1, 4), generator=seeded())
+    dropping = tiny.stable_diffusion()
+    for module in dropping.unet.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    with pytest.raises(UnsupportedError, match=r"Dropout that draws random numbers.*call pipe\.unet\.eval"):
+        parallelize(dropping, window=4)
+    assert rows == []
+    dropping.unet.eval()
+    dropping.text_encoder.train()  # is not in the loop, and does not drop
+    parallelize(dropping, window=4)(**OPTIONS, generator=seeded())
+
+
+def test_networks_that_mix_rows_are_refused():
     mixing = tiny.policy()
     mixing.unet.register_forward_hook(lambda module, args, out: None)
     forward = mixing.unet.forward
@@ -497,13 +622,6 @@ def test_networks_that_mix_rows_or_draw_random_numbers_are_refused():
     mixing.unet.forward = mixes
     with pytest.raises(UnsupportedError, match="rows influence each other"):
         parallelize(mixing, window=4)(torch.zeros(1, 4), generator=seeded())
-    dropping = tiny.stable_diffusion()
-    dropping.unet.train()
-    for module in dropping.unet.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
-    with pytest.raises(UnsupportedError, match=r"call \.eval\(\)"):
-        parallelize(dropping, window=4)(**OPTIONS, generator=seeded())
 
 
 def test_nan_from_a_network_is_reported_with_its_step_and_round(pipe):
@@ -550,32 +668,38 @@ def test_exact_runs_test_every_step_that_has_noise():
 def test_exact_runs_say_what_they_need(pipe):
     with pytest.raises(UnsupportedError, match="draws no noise"):
         parallelize(pipe, exact=True)(**OPTIONS)
-    pipe.scheduler = diffusers.DDPMScheduler(**tiny.STABLE, clip_sample=False)
-    with pytest.raises(UnsupportedError, match="batch of 2"):
-        parallelize(pipe, exact=True)(**OPTIONS, num_images_per_prompt=2)
 
 
-def test_exact_runs_have_the_law_of_the_sequential_pipeline():
-    """A linear network: every coordinate of a sample is Gaussian, with the variance that the scheduler's table gives."""
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDPMScheduler(clip_sample=False),
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+        diffusers.SASolverScheduler(),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+@torch.no_grad()
+def test_exact_runs_are_those_of_the_solver_whose_law_is_tested(scheduler):
+    """Driven by hand, on the scheduler's table and noise; `tests/test_exact.py` tests its law."""
+    network, steps, samples, variance = tiny.Small(), 16, 5, 2.0
+    made = parallelize(tiny.quiet(tiny.LoopPipeline(network, scheduler)), window=6, exact=True, variance=variance)
+    together, result = made(steps, seeded(0), samples)[0], made.last_result
 
-    scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    pipe = tiny.quiet(diffusers.DDPMPipeline(tiny.Linear(), scheduler))
-    scheduler.set_timesteps(8)
-    found = piadm.diffusers.probe(scheduler, scheduler.timesteps)
-    variance, gains = 1.0, tiny.Linear.gain(scheduler.timesteps)
-    for m in range(8):
-        slope = found.on_state[m] + found.on_output[m] * gains[m]
-        rate = found.table.A[m, 0, 0] + found.table.B[m, 0] * slope
-        variance = float(rate**2 * variance + found.table.C[m, 0, 0] ** 2)
-    made = parallelize(pipe, window=4, exact=True, variance=2.0)
-    samples, rejected = [], 0
-    generator = seeded(0)
-    for _ in range(60):
-        made(batch_size=1, num_inference_steps=8, generator=generator, output_type="np")
-        samples.append(made.last_result.samples)
-        rejected += int(made.last_result.acceptance.rejected)
-    values = torch.stack(samples).double()
-    count = values.numel()
-    assert rejected > 20
-    assert abs(float(values.square().mean()) / variance - 1) < 4 * (2 / count) ** 0.5
-    assert abs(float(values.mean())) < 4 * (variance / count) ** 0.5
+    scheduler.set_timesteps(steps)
+    found, generator = piadm.diffusers.probe(scheduler, scheduler.timesteps), seeded(0)
+    start = randn_tensor((samples, 4, 4, 4), generator)
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    noise = SchedulerNoise(copy.deepcopy(scheduler), found, start, start, options, torch.float32)
+    policies = Secant(variance), Opening(6, 1, 6 * samples), Jump(0.0, variance), 1.0, variance
+    solver = SpeculativeSolver(found.table, noise, *policies, threshold=THRESHOLD)
+    state = solver.init(start.flatten(1))
+    while not state.done:
+        asked = solver.request(state)
+        g = network(asked.x.unflatten(1, (4, 4, 4)), scheduler.timesteps[asked.t]).sample.flatten(1)
+        P, Q = (values[asked.t, None].float() for values in (found.on_state, found.on_output))
+        state = solver.update(state, P * asked.x + Q * g)
+    counts = solver.acceptance(state)
+    assert int(counts.accepted.sum()) > samples
+    assert (result.rounds, result.acceptance.rejected.tolist()) == (state.rounds, counts.rejected.tolist())
+    torch.testing.assert_close(together.flatten(1), state.finished(), rtol=1e-4, atol=1e-4)

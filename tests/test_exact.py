@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 
+import diffusers
 import pytest
 import torch
 from innovations import evidence, observe
@@ -19,17 +20,20 @@ from scipy import stats
 from torch import Tensor
 
 import piadm
+import piadm.diffusers
 from benchmarks.exact import NoReflection
 from piadm.noise import Noise
 from piadm.propagators import Gaussian, Jacobi, Secant
 from piadm.speculative import Scan, SpeculativeSolver
 from piadm.windows import Blocks, Pipelined, Sliding
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy, of diffusers
 LEVEL, FOUND = 1e-3, 1e-9
 ALWAYS = 1e9
 """A threshold that no draft exceeds: every step is tested and rejections are common."""
 SAMPLES = 2000
 BETAS = piadm.schedules.DiscreteBetas.linear(1000)
+STEPS = piadm.DDPM(12)
 
 
 def generator(seed=0):
@@ -44,8 +48,8 @@ class LooksAtItsNoise(SpeculativeSolver):
 
     def _scan(self, state, steps, inside, mean, xi):
         scan = super()._scan(state, steps, inside, mean, xi)
-        off = state.mean - mean
-        away = (off * xi).sum((1, 3)) <= off.square().sum((1, 3)).sqrt()
+        off = (state.mean - mean)[:, :1]
+        away = (off * xi[:, :1]).sum((1, 3)) <= off.square().sum((1, 3)).sqrt()
         kept = (scan.kept & away).long().cumprod(0).bool()
         ended = (torch.arange(len(kept))[:, None] == kept.sum(0)) & inside
         return replace(scan, kept=kept, ended=ended, rejected=scan.rejected & ended & away)
@@ -87,6 +91,13 @@ class Shared:
         return jacobian.mean(0, keepdim=True).expand_as(jacobian).clone()
 
 
+class Forgets(SpeculativeSolver):
+    """What a scheme remembers stays as the draft had it when the step's own noise changed."""
+
+    def _recalled(self, state, steps, rows, mean):
+        return state.mean, mean
+
+
 MUTANTS = [NoReflection, LooksAtItsNoise, TestsTwice, KeepsAll]
 
 
@@ -121,6 +132,27 @@ LANGEVIN = piadm.ExponentialODE(2.0, 1.0, 0.5, 0.3, piadm.Corrector(friction=2.0
 """States (u, v): steps without noise, each block's corrector with a $C$ of two by two."""
 
 
+@dataclass(frozen=True)
+class Multistep:
+    """A scheduler of diffusers that remembers earlier outputs."""
+
+    scheduler: str
+    steps: int
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __call__(self, schedule):
+        made = getattr(diffusers, self.scheduler)(**dict(self.options))
+        made.set_timesteps(self.steps)
+        found = piadm.diffusers.probe(made, made.timesteps)
+        return replace(found.table, times=found.times)
+
+
+SDE = Multistep("DPMSolverMultistepScheduler", 14, (("algorithm_type", "sde-dpmsolver++"),))
+"""States (x, f of the step before), noise in x alone."""
+SA = Multistep("SASolverScheduler", 14)
+"""A predictor and a corrector that remembers the noise, too."""
+
+
 CASES = {
     "correlated, jacobi": lambda: (correlated()[0], piadm.DDPM(12), {"propagator": Jacobi(), "window": 5}),
     "correlated, gaussian": lambda: (correlated()[0], piadm.DDPM(12), {"propagator": Gaussian(0.6), "window": None}),
@@ -130,6 +162,9 @@ CASES = {
     "mixture, sde": lambda: (mixture(None), piadm.ExponentialSDE(3.0, 1.0, 0.25, 0.02), {"window": 6}),
     "rough": lambda: (rough(), piadm.DDPM(10), {"window": 4}),
     "langevin": lambda: (mixture(None), LANGEVIN, {"propagator": Jacobi(), "window": 6}),
+    "multistep": lambda: (mixture(), SDE, {"window": 6}),
+    "multistep, all steps": lambda: (rough(), SDE, {"propagator": Jacobi(), "window": None}),
+    "predictor and corrector": lambda: (rough(), SA, {"propagator": Jacobi(), "window": 8}),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -141,6 +176,7 @@ def test_innovations_are_standard_normal_given_the_past(case):
     # rejections are common, or the test would show nothing
     assert run.state.rejected.double().mean() > 0.3
     assert evidence(run) > LEVEL
+    assert run.off < 1e-9
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -222,16 +258,48 @@ def test_correlated_gaussian_data_come_out_with_their_exact_law(solver, right):
     assert (p > LEVEL) if right else (p < FOUND)
 
 
+def final_variance(values: Tensor, table) -> Tensor:
+    """Of a table's samples for data N(0, values), whatever it remembers, by its recursion."""
+    k, out = table.components, []
+    for v in values.tolist():
+        covariance = torch.zeros(k, k, dtype=torch.float64)
+        covariance[0, 0] = 1.0
+        for m in range(len(table)):
+            alpha, sigma = BETAS.alpha(table.times[m]), BETAS.sigma(table.times[m])
+            step = table.A[m].clone()
+            step[:, 0] += table.B[m] * alpha * v / (alpha**2 * v + sigma**2)
+            covariance = step @ covariance @ step.T + table.C[m] @ table.C[m].T
+        out.append(covariance[0, 0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("solver", "right"), [(SpeculativeSolver, True), (NoReflection, False), (Forgets, False)])
+def test_a_multistep_sde_comes_out_with_its_exact_law(solver, right):
+    """DPM-Solver++ 2M SDE as diffusers has it, on correlated data, from drafts so poor that rejections are common."""
+    denoiser, values, basis = correlated()
+    result = final(solver, denoiser, SDE, 6_000, propagator=Jacobi(), window=None)
+    p = gaussian_evidence(result.samples @ basis, final_variance(values, SDE(BETAS)))
+    assert (p > LEVEL) if right else (p < FOUND)
+    if right:
+        assert result.acceptance.rejected.double().mean() > 0.5
+        assert result.rounds < len(SDE(BETAS))
+
+
+def test_what_a_scheme_remembers_is_its_own_and_not_the_drafts():
+    assert observe(rough(), SDE, 200, threshold=ALWAYS, window=6).off < 1e-9
+    assert observe(rough(), SDE, 200, solver=Forgets, threshold=ALWAYS, window=6).off > 1e-3
+
+
 @pytest.mark.parametrize(("solver", "right"), [(SpeculativeSolver, True), (NoReflection, False), (TestsTwice, False)])
 def test_underdamped_langevin_comes_out_with_its_exact_law(solver, right):
     """Of the paper's formulas (`linear.law`), which know neither tables nor solvers."""
     variance = torch.tensor([0.05, 1.5], dtype=torch.float64)
     target = piadm.targets.Gaussian(0.0, variance)
     target.event_shape = (2,)
-    corrector = piadm.Corrector(friction=2.0, horizon=4.0, blocks=1, step=0.5)
+    corrector = piadm.Corrector(friction=2.0, horizon=4.0, blocks=1, step=1.0)
     scheme = piadm.ExponentialODE(2.0, 1.0, 0.5, 0.3, corrector)
     result = final(solver, target, scheme, 8_000, propagator=Jacobi(), window=6)
-    damped = Underdamped(2.0, 4.0, 1, 0.5, None)
+    damped = Underdamped(2.0, 4.0, 1, 1.0, None)
     expected = [law(v, 2.0, 1.0, 0.5, 0.3, None, weight=1, corrector=damped).variance for v in variance.tolist()]
     p = gaussian_evidence(result.samples, torch.tensor(expected, dtype=torch.float64))
     assert (p > LEVEL) if right else (p < FOUND)
@@ -309,11 +377,11 @@ class Moved:
         return getattr(self.source, name)
 
 
-def peeks(network, dtype, propagator, window, moved) -> bool:
+def peeks(network, dtype, propagator, window, moved, scheme=STEPS) -> bool:
     """Whether anything decided before or about step `moved` depends on its ξ and u, in any round up to the one finishing it."""
-    denoiser, scheme = elementwise(network), piadm.DDPM(12)
+    denoiser = elementwise(network)
     table = scheme(BETAS)
-    source = Noise(generator(), 3, 4, 1, torch.device("cpu"), dtype)
+    source = Noise(generator(), 3, 4, table.components, torch.device("cpu"), dtype)
     runs = []
     for noise in (source, Moved(source, moved)):
         fill = piadm.fills.Jump(0.0, 0.3)
@@ -348,6 +416,15 @@ def test_the_choice_to_test_and_both_means_are_made_before_a_steps_noise(dtype, 
     for moved in (0, 5, 9):
         for propagator in (Secant(0.3), Jacobi()):
             assert not peeks(network, dtype, propagator, window, moved)
+
+
+@pytest.mark.parametrize("window", [6, None])
+@pytest.mark.parametrize("scheme", [SDE, SA], ids=["sde", "predictor and corrector"])
+@networks
+def test_what_is_remembered_and_tested_is_made_before_a_steps_noise(network, scheme, window):
+    for moved in (0, 6, 10):
+        for dtype in (torch.float32, torch.float64):
+            assert not peeks(network, dtype, Secant(0.3), window, moved, scheme)
 
 
 def test_a_propagator_shared_along_the_window_would_be_found_out():

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 WORDS = ["a", "the", "red", "blue", "cat", "dog", "boat", "piano", "rain"]
@@ -551,7 +552,7 @@ class LoopPipeline(diffusers.DiffusionPipeline):
     ) -> tuple[torch.Tensor]:
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps
-        latents = torch.randn(batch_size, 4, 4, 4, generator=generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = randn_tensor((batch_size, 4, 4, 4), generator) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_options["generator"] = generator
         for t in self.progress_bar(timesteps):

@@ -28,7 +28,8 @@ class Exact(Parallel):
     Rounds are those of `Parallel`, but a step is finished by a test, which keeps the draft or reflects it such that the state's
     law given the one before is the scheme's; `piadm.speculative` has the algorithm, the proof and what is left to rounding.
     One seed gives one sample for one window, propagator, fill and threshold; other ones, and `Sequential`, give other samples
-    of the same law. A run takes at most as many rounds as there are steps, and one for every step that has no noise.
+    of the same law. A run takes at most as many rounds as there are steps, and one for every step whose noise the network does
+    not see.
 
     Arguments:
         denoiser: The denoiser.

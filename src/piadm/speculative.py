@@ -1,28 +1,38 @@
 r"""Rounds that are exact in law: a solver whose samples follow the sequential scheme's law, whatever the drafts.
 
-A window holds for every step a *draft mean* $\tilde μ_m$ and the draft $x_{m+1} = \tilde μ_m + C_m ξ_m$. A round evaluates
-$f$ at the drafts, which gives the means they ought to have had, $μ_m = A_m x_m + B_m f(x_m)$. Then every sample is scanned on
-its own, from its first unfinished step on, whose state $x_m$ is final. With $e_m = C_m^{-1} (\tilde μ_m - μ_m)$:
+A window holds for every step a *draft mean* $\tilde μ_m$ and the draft $\tilde μ_m + C_m ξ_m$ of $x_{m+1}$. A round evaluates
+$f$ at the drafts. Then every sample is scanned on its own, from its first unfinished step on, whose state $x_m$ is final and
+gives the mean that the draft ought to have had, $μ_m = A_m x_m + B_m f(x_m)$. With $c_m$ the first row of $C_m$, and
+$e_m = c_m^⊤ (\tilde μ_m - μ_m)^{(0)} / ‖c_m‖^2$ the least change of noise that makes up for the difference in component 0:
 
-- if $‖e_m‖ \le θ$, the `threshold`, draw $u_m$ and keep $x_{m+1}$ if $\log u_m \le -⟨ξ_m, e_m⟩ - ‖e_m‖^2/2$; otherwise reflect,
-  $x_{m+1} = μ_m + C_m (ξ_m - 2 ⟨e_m, ξ_m⟩ e_m / ‖e_m‖^2)$, and stop;
-- if $‖e_m‖ > θ$ or $C_m$ has no inverse, recompute, $x_{m+1} = μ_m + C_m ξ_m$, and stop.
+- if $‖e_m‖ \le θ$, the `threshold`, draw $u_m$ and keep the draft if $\log u_m \le -⟨ξ_m, e_m⟩ - ‖e_m‖^2/2$, which makes
+  $x_{m+1} = μ_m + C_m (ξ_m + e_m)$; otherwise reflect, $x_{m+1} = μ_m + C_m (ξ_m - 2 ⟨e_m, ξ_m⟩ e_m / ‖e_m‖^2)$, and stop;
+- if $‖e_m‖ > θ$ or $c_m = 0$, recompute, $x_{m+1} = μ_m + C_m ξ_m$, and stop.
+
+What is kept is component 0, all that the network sees: $(μ_m + C_m e_m)^{(0)} = \tilde μ_m^{(0)}$, so $f$ was evaluated where a
+kept $x_{m+1}$ is, and the scan goes on. Its other components (a velocity, the outputs that a multistep scheme remembers) need
+no network. They differ from the draft's by a $d_{m+1}$ that obeys, with $G_m$ the matrix of $e_m = G_m (\tilde μ_m - μ_m)$,
+
+$$ d_{m+1} = (I - C_m G_m) (Φ_m - \tilde μ_m + A_m d_m), \qquad d^{(0)} = 0, $$
+
+where $Φ_m$ is the mean at the draft of $x_m$, and $μ_m = Φ_m + A_m d_m$: one forward substitution for the whole window.
 
 The step at which a scan stops is finished too, since its $x_m$ is final and $f$ was evaluated there; so every round finishes at
-least one. Its $x_{m+1}$ moved, and what the network said of later states is about other ones: they are refined as in
-`piadm.solver`, where $J$ carries the move on, and tested in a later round.
+least one. Component 0 of its $x_{m+1}$ moved, and what the network said of later states is about other ones: they are refined
+as in `piadm.solver`, where $J$ carries the move on, and tested in a later round.
 
 *Why it is exact.* Let $F_m$ be what was drawn for the steps before $m$, their $ξ$ and $u$. In every round $\tilde μ_m$ is a
-function of $F_m$ (causality), and so are $μ_m$, $e_m$ and the choice between testing and recomputing, since a scan comes to
-$m$ by the tests of earlier steps alone. $(ξ_m, u_m)$ is independent of $F_m$ and used once: a step that a scan came to is
-finished. So given $F_m$ a test is the reflection maximal coupling of $N(\tilde μ_m, C_m C_m^⊤)$ with $N(μ_m, C_m C_m^⊤)$:
-whatever the former, $x_{m+1}$ has the latter law, that of the scheme's step.
+function of $F_m$ (causality). When a scan comes to $m$ so are $x_m$, made of earlier steps' noise, $μ_m$, $e_m$ and the choice
+between testing and recomputing, since a scan comes to $m$ by the tests of earlier steps alone. $(ξ_m, u_m)$ is independent of
+$F_m$ and used once: a step that a scan came to is finished. So given $F_m$ a test is the reflection maximal coupling of
+$N(e_m, I)$, the law of $ξ_m + e_m$, with $N(0, I)$: whatever $e_m$, $x_{m+1} = μ_m + C_m ξ'_m$ for a $ξ'_m$ of the latter law,
+which is the scheme's step. No inverse of $C_m$ is asked for: where noise does not reach, $x_{m+1}$ is the scheme's own.
 
 A test rejects with probability $2 Φ(‖e_m‖/2) - 1 < 0.4 ‖e_m‖$.
 
 *In floating point* draft means are kept beside the drafts, so that the choice to test does not depend on $ξ_m$ to the last
-bit. What remains is rounding, as in the sequential sampler: with means off by $δ_m$, a few units in the last place, the law is
-off by $\mathrm{KL} \le \sum_m E ‖C_m^{-1} δ_m‖^2 / 2$; and $u_m$ is a multiple of $2^{-24}$ (float32) or $2^{-53}$, to which
+bit. What remains is rounding, as in the sequential sampler: with means off by $C_m δ_m$, a few units in the last place, the law
+is off by $\mathrm{KL} \le \sum_m E ‖δ_m‖^2 / 2$; and $u_m$ is a multiple of $2^{-24}$ (float32) or $2^{-53}$, to which
 the probability of keeping a draft is rounded.
 
 References: reflection maximal coupling: Jacob, O'Leary, Atchadé, 2020 (arXiv 1708.03625), section 4; tests of drafts in
@@ -108,13 +118,27 @@ class SpeculativeSolver(Solver):
         check_speculative(self.table, self.window, self.table)
 
     @cached_property
-    def _inverse(self) -> tuple[Tensor, Tensor]:
-        """$C_m^{-1}$, shape `(M, k, k)`, and whether there is one, shape `(M,)`."""
-        C = self.table.C
-        regular = torch.linalg.matrix_rank(C) == self.table.components
-        inverse = torch.zeros_like(C)
-        inverse[regular] = torch.linalg.inv(C[regular])
-        return inverse.to(self.noise.device, self.noise.dtype), regular.to(self.noise.device)
+    def _lift(self) -> Tensor:
+        """$G_m$, in float64, shape `(M, k, k)`; zero where no noise reaches component 0."""
+        lift = torch.zeros_like(self.table.C)
+        size = torch.linalg.vector_norm(self.table.C[:, 0], dim=1, keepdim=True)
+        lift[:, :, 0] = torch.where(size > 0, self.table.C[:, 0] / size / size, 0.0)  # of one component: 1/C to the last bit
+        return lift
+
+    @cached_property
+    def _testing(self) -> tuple[Tensor, Tensor]:
+        """$G_m$, and whether a draft of the step can be kept, shape `(M,)`."""
+        return self._here(self._lift), (self.table.C[:, 0] != 0).any(1).to(self.noise.device)
+
+    @cached_property
+    def _recalling(self) -> tuple[Tensor, Tensor]:
+        """$I - C_m G_m$ and $(I - C_m G_m) A_m$, shape `(M, k, k)`."""
+        rest = torch.eye(self.table.components, dtype=torch.float64) - self.table.C @ self._lift
+        rest[self._lift.any(-1).any(-1), 0] = 0.0
+        return self._here(rest), self._here(rest @ self.table.A)
+
+    def _here(self, values: Tensor) -> Tensor:
+        return values.to(self.noise.device, self.noise.dtype)
 
     @cached_property
     def _log_uniform(self) -> Tensor:
@@ -148,14 +172,19 @@ class SpeculativeSolver(Solver):
 
         residual = placed.by_step(rms(mean - sound.mean))
         steps = placed.steps.clamp(max=len(self.table) - 1)
-        scan = self._scan(sound, steps, inside, mean, xi)
+        drafted, true = self._recalled(sound, steps, rows, mean)
+        scan = self._scan(sound, steps, inside, true, xi)
         pair = None
         if sound.rounds > 0:
             pair = Pair(x[:-1, 0] - sound.x_seen[:, 0], f - sound.f_seen, sound.seen & inside)
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
-        mean = torch.where(scan.rejected[:, None, :, None], mean + mix(C, scan.noise - xi), mean)
-        mean = torch.where(scan.kept[:, None, :, None], sound.mean, mean)
-        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], sound.mean]))[0][1:]
+        kept, ended, rejected = (one[:, None, :, None] for one in (scan.kept, scan.ended, scan.rejected))
+        old = sound.mean
+        if self.table.components > 1:
+            mean, old = torch.where(ended, true, mean), torch.where(kept, drafted, old)
+        mean = torch.where(rejected, mean + mix(C, scan.noise - xi), mean)
+        mean = torch.where(kept, drafted, mean)
+        mean = sweep(mean, self.propagator.jacobian(rows, pair), torch.cat([x[:1], old]))[0][1:]
         new = _states(x, mean, rows, xi)
 
         after = replace(
@@ -180,13 +209,22 @@ class SpeculativeSolver(Solver):
             return None
         return Acceptance(state.accepted, state.rejected, state.start - state.accepted - state.rejected)
 
+    def _recalled(self, state: Speculation, steps: Tensor, rows: Rows, mean: Tensor) -> tuple[Tensor, Tensor]:
+        r"""$\tilde μ_m + d_{m+1}$ and $μ_m$ as a scan that keeps all earlier drafts finds them, given $Φ_m$; `(W, k, S, D)`."""
+        if self.table.components == 1:
+            return state.mean, mean
+        rest, carried = (by_lane(values[steps.to(values.device)]) for values in self._recalling)
+        before = torch.cat([state.x[:1], state.mean])
+        drafted, change = sweep(state.mean + mix(rest, mean - state.mean), carried, before)
+        return drafted[1:], mean + mix(rows.A, change)
+
     def _scan(self, state: Speculation, steps: Tensor, inside: Tensor, mean: Tensor, xi: Tensor) -> Scan:
         """Tests every sample's steps in order, up to the first that does not keep its draft; `mean`: $μ_m$, `(W, k, S, D)`."""
         steps = steps.to(mean.device)
-        inverse, regular = (values[steps] for values in self._inverse)
-        e = mix(inverse.movedim(1, -1).unsqueeze(-1), state.mean - mean)
+        lift, reached = (values[steps] for values in self._testing)
+        e = mix(by_lane(lift), state.mean - mean)
         square, along = e.square().sum((1, 3)), (xi * e).sum((1, 3))
-        tested = regular & inside & (square.sqrt() <= self.threshold)
+        tested = reached & inside & (square.sqrt() <= self.threshold)
         passed = tested & (self._log_uniform.gather(0, steps) <= -along - square / 2)
         kept = passed.long().cumprod(0).bool()
         lane = torch.arange(len(kept), device=kept.device)[:, None]
@@ -203,6 +241,11 @@ class SpeculativeSolver(Solver):
         stays = (lane < known).to(entered.device)[:, None, :, None]
         mean = torch.where(stays, pick(mean, shift.tolist(), len(lane)), entered)
         return replace(state, mean=mean, x=_states(state.x, mean, rows, state.noise))
+
+
+def by_lane(matrices: Tensor) -> Tensor:
+    """Matrices `(W, S, k, k)` shaped to act on states `(W, k, S, D)`."""
+    return matrices.movedim(1, -1).unsqueeze(-1)
 
 
 def _states(x: Tensor, mean: Tensor, rows: Rows, noise: Tensor | None) -> Tensor:

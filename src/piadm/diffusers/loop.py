@@ -1,8 +1,9 @@
-"""What a pipeline's loop does with its step number.
+"""What a pipeline's loop does with its step number, with the value of its timestep, and with random numbers.
 
 Lanes run the body of a pipeline's loop once a round for all steps of the window, so nothing in it may depend on the number of
 the step other than through the timestep. The number is an integer of Python's, which no tensor can stand in for; so the
-source is read. Counting for progress bars and callbacks is harmless, other uses are not.
+source is read. Counting for progress bars and callbacks is harmless, other uses are not. In the same reading decisions by the
+timestep's value, and draws of random numbers, are found (`piadm.diffusers.decisions`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from piadm.diffusers.decisions import decisions, draws
 from piadm.diffusers.probing import UnsupportedError
 
 HARMLESS = (
@@ -32,20 +34,20 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class Guard:
-    """A use of the step number that is harmless while an option of the pipeline's call has one of these values."""
+    """Something that is harmless while an option, of the pipeline's call or of its configuration, has one of these values."""
 
     pattern: str
     argument: str
     harmless: tuple[Any, ...]
 
-    def check(self, arguments: Mapping[str, Any], name: str) -> None:
-        """Raises `UnsupportedError` if the option was given another value."""
-        given = arguments.get(self.argument, self.harmless[0])
+    def check(self, options: Mapping[str, Any], name: str) -> None:
+        """Raises `UnsupportedError` if the option has another value."""
+        given = options.get(self.argument, self.harmless[0])
         for value in given if isinstance(given, list | tuple) and given else [given]:
             if not any(value is one or value == one for one in self.harmless):
                 raise UnsupportedError(
-                    f"`{self.argument}` is {given!r}: {name} then switches something at a certain number of the step, which "
-                    f"the steps of a window do not share; leave it at {self.harmless[0]!r}"
+                    f"`{self.argument}` is {given!r}: {name} then does something at certain steps and not at others, but those "
+                    f"of a window are run together; leave it at {self.harmless[0]!r}"
                 )
 
 
@@ -55,14 +57,17 @@ GUARDS = (
     Guard(r"should_skip_layers = .*", "skip_guidance_layers", (None,)),
     Guard(r"do_classifier_free_truncation = .*", "cfg_trunc_ratio", (1.0,)),
     Guard(r"i < int\(num_inference_steps \* adapter_conditioning_factor\)", "adapter_conditioning_factor", (1.0,)),
+    Guard(r"_guidance_scale = .*t\.item\(\)", "use_dynamic_cfg", (False,)),
+    Guard(r"boundary_timestep is None or t >= boundary_timestep", "boundary_ratio", (None,)),
 )
 
 
 def check_loop(pipeline: type) -> list[Guard]:
-    """Reads a pipeline's class; returns the options that the arguments of its calls must leave alone.
+    """Reads a pipeline's class; returns the options that its configuration and the arguments of its calls must leave alone.
 
     Raises:
-        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow.
+        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow, decides by
+            its timestep's value, or draws random numbers.
     """
     guards: list[Guard] = []
     loops = list(_loops(pipeline))
@@ -83,7 +88,36 @@ def check_loop(pipeline: type) -> list[Guard]:
                     f"`pipe` is a {pipeline.__name__}, whose loop uses the number of the step, `{_short(text)}`: the steps of "
                     "a window are run together, so only the timestep may tell them apart"
                 )
+    for loop in loops:
+        if not any(inner is not loop for inner in _within(loop)):
+            guards += _unfollowed(pipeline, loop)
     return guards
+
+
+def _unfollowed(pipeline: type, loop: ast.For) -> Iterator[Guard]:
+    """Options that keep a loop from what its timestep's value decides; what no option keeps it from is refused."""
+    numbers = set(_numbers(loop))
+    because = {
+        decisions: "decides something by the value of its timestep, `{}`: the steps of a window are run together and have no "
+        "one value",
+        draws: "draws random numbers, `{}`: they would depend on the window, not on the step; draw them before the loop",
+    }
+    for look, reason in because.items():
+        for finding in look(loop, numbers):
+            found = [guard for guard in GUARDS if re.search(guard.pattern, finding.text)]
+            yield from found
+            if not found and not finding.conditional:
+                raise UnsupportedError(f"`pipe` is a {pipeline.__name__}, whose loop {reason.format(_short(finding.text))}")
+
+
+def mentioned(pipeline: type) -> set[str]:
+    """Attributes of a pipeline that its loops mention, the networks they call among them."""
+    return {
+        node.attr
+        for loop in _loops(pipeline)
+        for node in ast.walk(loop)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
 
 
 def loops_once(pipeline: type) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -15,18 +16,22 @@ from torch import Tensor, nn
 
 from piadm.certificate import EXACT
 from piadm.denoiser import require_moments
-from piadm.diffusers.lanes import Lanes, Network
-from piadm.diffusers.loop import check_loop, loops_once
+from piadm.diffusers.lanes import Lanes, Network, check_mode
+from piadm.diffusers.loop import check_loop, loops_once, mentioned
 from piadm.diffusers.probing import Probe, UnsupportedError, check_scheduler, probe
 from piadm.diffusers.progress import Bar
-from piadm.diffusers.run import Run, Settings
+from piadm.diffusers.run import Entangled, Run, Settings
 from piadm.diffusers.scheduler import in_lanes, recorded
 from piadm.diffusers.slices import Slices
 from piadm.errors import require, require_count, require_positive
 from piadm.memory import require_limit
+from piadm.noise import read_generators
 from piadm.ranks import Ranks
 from piadm.result import Result
 from piadm.speculative import THRESHOLD
+
+BATCHES = ("prompt", "generator", "class_labels", "image")
+"""Arguments of pipelines that may be a list of one for each sample."""
 
 
 def parallelize(
@@ -55,8 +60,8 @@ def parallelize(
         variance: Variance of the latents per coordinate, about 1 for latent diffusion, 0.3 for pixels in [-1, 1] (a bad
             guess costs rounds and misleads the stopping rule).
         exact: Whether samples are to have exactly the law of the sequential run, as `piadm.Exact` does it, in place of being
-            within `tolerance` of its sample: for schedulers that draw noise, one sample a call. Schedulers that remember
-            earlier outputs gain nothing from it: a step is tested only if its noise reaches all of its state.
+            within `tolerance` of its sample: for schedulers that draw noise. A step whose noise the network does not see
+            (half of KDPM2 ancestral's, SA-Solver's outside of its `tau_func`) costs a round.
         max_memory: Bytes that a call's rounds may take besides the networks' weights, or a fraction of the device's memory
             (`0.5`). Networks are called for as many steps of the window at once as fit, by their measured cost (of four steps,
             once for each shape), and the first step is taken alone; a window whose states do not fit is refused. See
@@ -104,12 +109,15 @@ class Parallelized:
             raise TypeError(f"`pipe` is a {name}: give a diffusers pipeline, for example StableDiffusionPipeline")
         if getattr(pipe, "scheduler", None) is None:
             raise UnsupportedError(f"`pipe` is a {name}, which has no `scheduler`: there are no steps to run in parallel")
-        check_scheduler(pipe.scheduler)
-        self._guards, self._once = check_loop(type(pipe)), loops_once(type(pipe))
         self.pipe, self.settings, self.last_result = pipe, settings, None
+        self._guards = [] if settings.window == 1 else check_loop(type(pipe))
+        self._once, self._looped = loops_once(type(pipe)), mentioned(type(pipe))
+        self._check({})
         self._own = type(pipe).__call__  # which `parallel` takes the place of
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
+        self._separate: dict[Any, bool] = {}
+        self._entangled = False
         self._costs: dict[Hashable, int] = {}
         self._found: dict[str, int] = {}
         self._probe_early()
@@ -133,26 +141,48 @@ class Parallelized:
         scheduler.set_timesteps(4, **({"mu": 0.5} if dynamic else {}))
         probe(scheduler, scheduler.timesteps)
 
-    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        """Raises `UnsupportedError` for what can be known of a call with these arguments before any work."""
         pipe, name = self.pipe, type(self.pipe).__name__
-        bound = inspect.signature(call).bind(pipe, *args, **kwargs)
-        for guard in self._guards:
-            guard.check(bound.arguments, name)
         check_scheduler(pipe.scheduler)
+        if self.settings.window == 1:
+            return  # the pipeline itself
+        for guard in self._guards:
+            guard.check({**getattr(pipe, "config", {}), **arguments}, name)
         for part, module in pipe.components.items():
             if getattr(module, "is_cache_enabled", False):
                 raise UnsupportedError(
                     f"`pipe.{part}` has a cache enabled, which reuses what it computed at the step before: call "
                     f"pipe.{part}.disable_cache() first"
                 )
+            if part in self._looped and isinstance(module, nn.Module):
+                check_mode(module, part)
+
+    def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pipe, self.last_result = self.pipe, None
+        bound = inspect.signature(call).bind(pipe, *args, **kwargs)
+        self._check(bound.arguments)
         if self.settings.window == 1:
             return self._sequentially(call, bound)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}.get("generator")
+        generators = [one for one in read_generators(given) if one is not None]
+        rewind = _rewinder(generators)
+        try:
+            return self._in_parallel(call, bound)
+        except Entangled:
+            self._entangled = True
+        rewind()
+        return self._in_parallel(call, inspect.signature(call).bind(pipe, *args, **kwargs))
+
+    def _in_parallel(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        pipe, name = self.pipe, type(self.pipe).__name__
         named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         takes = inspect.signature(pipe.scheduler.step).parameters
         expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
         generator = named.get("generator")
         slices = Slices(self.settings.max_memory, self._costs, self._found, self.settings.ranks)
-        run = Run(self.settings, pipe.scheduler, self._tables, self._checked, generator, self._once, expected, slices)
+        known = self._tables, self._checked, self._separate, self._entangled
+        run = Run(self.settings, pipe.scheduler, *known, generator, self._once, expected, slices)
         width = self._width(bound)
         held: list[Any] = []
 
@@ -204,15 +234,41 @@ class Parallelized:
         return out
 
     def _width(self, bound: inspect.BoundArguments) -> int:
-        """Lanes to provide: the window, or for all steps more than any scheduler makes of `num_inference_steps`."""
-        if self.settings.window is not None:
-            return self.settings.window
+        """Lanes to provide: one for every step in the window of any sample, which are at most all steps."""
         bound = inspect.BoundArguments(bound.signature, bound.arguments.copy())
         bound.apply_defaults()
         lists = [bound.arguments.get(one) for one in ("timesteps", "sigmas")]
         asked = [2 * len(one) for one in lists if one is not None]
         number = bound.arguments.get("num_inference_steps")
-        return max([*asked, 2 * number if isinstance(number, int) else 0, 2]) + 10
+        # more steps than any scheduler makes of `num_inference_steps`
+        total = max([*asked, 2 * number if isinstance(number, int) else 0, 2]) + 10
+        window = self.settings.window
+        return total if window is None else max(window, min(total, window * samples_of(bound.arguments)))
+
+
+def samples_of(arguments: Mapping[str, Any]) -> int:
+    """About how many samples a call asks for; where the arguments do not tell, samples far ahead of others wait for them."""
+    several = [value for name, value in arguments.items() if re.fullmatch(r"num_\w+_per_prompt", name)]
+    counts = [arguments.get("batch_size"), *(len(arguments[name]) for name in BATCHES if isinstance(arguments.get(name), list))]
+    counts += [len(value) for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 1]
+    return max(count for count in [1, *counts] if isinstance(count, int)) * max(
+        (count for count in several if isinstance(count, int)), default=1
+    )
+
+
+def _rewinder(generators: list[torch.Generator]) -> Callable[[], None]:
+    """A function that puts these generators, and torch's own, back to where they are now."""
+    states, own = [one.get_state() for one in generators], torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def rewind() -> None:
+        torch.set_rng_state(own)
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return rewind
 
 
 @contextmanager

@@ -27,6 +27,10 @@ from piadm.speculative import SpeculativeSolver
 from piadm.tables import Table
 
 
+class Entangled(Exception):
+    """A pipeline mixes the samples of its batch, so the run has to be made again with all of them at the same steps."""
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """How pipelines are run; see `parallelize`."""
@@ -42,24 +46,36 @@ class Settings:
 
 @dataclass(frozen=True)
 class Opening:
-    """The next `size` steps, but `first` in the first round."""
+    """The next `size` steps of every sample, but `first` in the first round, on at most `lanes` different steps in all."""
 
     size: int
     first: int
+    lanes: int
 
     def check(self, table: Table) -> None:
         """Fits every table."""
 
     def advance(self, table: Table, rounds: int, ready: Tensor) -> tuple[Tensor, Tensor]:
-        return ready, (ready + (self.size if rounds else self.first)).clamp(max=len(table))
+        stop = (ready + (self.size if rounds else self.first)).clamp(max=len(table))
+        if len(steps_between(ready, stop)) > self.lanes:  # those that are far ahead wait
+            stop = stop.minimum(ready.min() + self.lanes).maximum(ready)
+        return ready, stop
 
 
 @dataclass(frozen=True)
 class Together(Opening):
-    """Likewise, but the same steps for all samples: a lane has one timestep for the whole batch."""
+    """Likewise, but the same steps for all samples, whose rows the network does not keep apart."""
 
     def advance(self, table: Table, rounds: int, ready: Tensor) -> tuple[Tensor, Tensor]:
         return super().advance(table, rounds, ready.min().expand_as(ready))
+
+
+def steps_between(start: Tensor, stop: Tensor) -> Tensor:
+    """The steps that lie in the window of any sample, in order."""
+    inside = torch.zeros(int(stop.max()), dtype=torch.bool)
+    for first, last in zip(start.tolist(), stop.tolist(), strict=True):
+        inside[first:last] = True
+    return inside.nonzero().flatten()
 
 
 class Run:
@@ -71,6 +87,8 @@ class Run:
     noise, a pipeline reads its timesteps more than once, or the window must fit in memory, of which only the starting state
     tells, the first iteration is an ordinary one of a single step.
 
+    The solver holds for every sample its own window, `(W, S)`; the pipeline holds lanes, one for every step in any of them.
+
     Arguments:
         settings: Window, tolerance and the data's moments.
         once: Whether the pipeline is known to loop over its timesteps once, so that the first iteration can have lanes.
@@ -78,6 +96,8 @@ class Run:
         scheduler: The user's; it is not changed.
         tables: Tables probed in earlier calls.
         checked: Names of networks whose lanes were compared with a single evaluation in earlier calls.
+        separate: Whether networks answer each sample of a batch by itself, as far as earlier calls found out.
+        entangled: Whether the pipeline is known to mix the samples of a batch by itself.
         generator: What the pipeline was called with.
         slices: How networks are called.
     """
@@ -88,6 +108,8 @@ class Run:
         scheduler: Any,
         tables: dict[Any, Probe],
         checked: set[Any],
+        separate: dict[Any, bool],
+        entangled: bool,
         generator: GeneratorLike,
         once: bool,
         expected: dict[str, Any],
@@ -95,6 +117,11 @@ class Run:
     ) -> None:
         self.once, self.expected, self.slices = once, expected, slices
         self.settings, self.base, self.tables, self.checked = settings, type(scheduler), tables, checked
+        self.separate, self.entangled = separate, entangled
+        self._asked: dict[Any, tuple[Network, tuple[Any, ...], dict[str, Any]]] = {}  # in the first round
+        self._active: Tensor | None = None  # which samples are evaluated in which lanes; None for all in all
+        self._parted = False  # whether there was a round in which not all were
+        self._finite = True  # all answers of that round
         self.generators = [one for one in read_generators(generator) if one is not None]
         self.lanes: Lanes | None = None
         self.scheduler: Any = None  # the one in lanes, set by who installs it
@@ -237,14 +264,23 @@ class Run:
         lanes = self.lanes
         if lanes is None:
             return network.forward(*args, **kwargs)
+        key = (network.name, len(args), *sorted(kwargs))
+        opening = self.plain is not None and self.state is None
+
+        def note(plain_args: tuple[Any, ...], plain_kwargs: dict[str, Any]) -> None:
+            self._asked[key] = network, plain_args, plain_kwargs
+
         if not self.looping:
             out = lanes.plainly(lambda: network.forward(*args, **kwargs))
-            if self.plain is not None and self.state is None:
+            if opening:
+                note(args, kwargs)
                 self.slices.answered(out)
             return out
         started = time.perf_counter()
-        key = (network.name, len(args), *sorted(kwargs))
-        out, hidden = network(lanes, self._live, key not in self.checked, args, kwargs)
+        check, told = key not in self.checked, note if opening else None
+        network.watched = self._active is not None and not self._parted
+        out, hidden = network(lanes, self._live, self._active, check, args, kwargs, told)
+        self._finite &= network.finite
         if hidden:
             self.checked.add(key)
         self.network_seconds += time.perf_counter() - started
@@ -262,19 +298,21 @@ class Run:
         self.probe = self._table(options)
         self.shape, self.dtype, self.device = tuple(sample.shape), sample.dtype, sample.device
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        noise = SchedulerNoise(self.plain, self.probe, output, sample, options, dtype)
+        self.noise = SchedulerNoise(self.plain, self.probe, output, sample, options, dtype)
         self.options = options
-        self.solver = self._solver(noise, len(sample))
+        self.solver = self._solver(self.noise, len(sample))
         self.rows = self.probe.table.cast(sample.device, dtype)
         x = sample.to(dtype).reshape(len(sample), -1)
-        self.slices.open(self.probe.table, x, self._lanes.width)
+        self.slices.open(self.probe.table, x, self._size, self._lanes.width)
         self.state = self.solver.init(x)
         if self.first > 1:
             stretch = self._stretch() if self.stretched else torch.ones(self.first)
             whole = self.state.x.clone()
             whole[:-1, 0] = stretch.to(x)[:, None, None] * x
             self.state = replace(self.state, x=whole)
+        self._place(self.state)
         self._returned = sample.expand(self.first, *sample.shape)
+        self.last_prediction = torch.zeros_like(sample)
         self._pinned: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _table(self, options: Mapping[str, Any]) -> Probe:
@@ -295,7 +333,7 @@ class Run:
         if not self.once or self.settings.threshold is not None or self.settings.max_memory is not None:
             return 1
         self.probe = self._table({name: value for name, value in self.expected.items() if value is not None})
-        return 1 if self.probe.table.stochastic else min(self._lanes.width, len(self.probe.table))
+        return 1 if self.probe.table.stochastic else min(self._size, len(self.probe.table))
 
     def _stretch(self) -> Tensor:
         r"""$\sqrt{α_m^2 v + σ_m^2}$ of the first window's steps, in units of the first one's."""
@@ -306,22 +344,34 @@ class Run:
 
     def _solver(self, noise: SchedulerNoise, samples: int) -> Solver:
         mean, variance, tolerance = self.settings.mean, self.settings.variance, self.settings.tolerance
-        table, size = self.probe.table, self._lanes.width
+        table = self.probe.table
+        apart = samples == 1 or (not self.entangled and self._apart(samples))
+        self._asked.clear()
+        window = (Opening if apart else Together)(self._size, self.first, self._lanes.width)
         if self.settings.threshold is None:
-            window = Together(size, self.first)
             return Solver(table, noise, Secant(variance), window, Jump(mean, variance), tolerance, variance)
-        if samples > 1:
+        if not apart:
             raise UnsupportedError(
-                f"`exact` is True for a batch of {samples}: samples of an exact run finish steps one by one, but a pipeline "
-                "has one timestep for the whole batch; call it once for each sample"
+                f"`exact` is True for a batch of {samples}, which the pipeline or one of its networks does not keep apart: "
+                "samples of an exact run finish steps one by one; call it once for each sample"
             )
         if not table.stochastic:
             raise UnsupportedError(
                 f"`exact` is True but {self.base.__name__} draws no noise with these settings, so there is no law to be exact "
                 "in: use DDPMScheduler, EulerAncestralDiscreteScheduler or DDIMScheduler with eta=1, or leave `exact` out"
             )
-        policies = Secant(variance), Opening(size, self.first), Jump(mean, variance), tolerance, variance
+        policies = Secant(variance), window, Jump(mean, variance), tolerance, variance
         return SpeculativeSolver(table, noise, *policies, threshold=self.settings.threshold)
+
+    def _apart(self, samples: int) -> bool:
+        """Whether every network of the loop answers the samples of a batch one by one."""
+        found = []
+        for key, (network, args, kwargs) in self._asked.items():
+            case = (*key, samples)
+            if case not in self.separate:
+                self.separate[case] = network.separate(args, kwargs, samples)
+            found.append(self.separate[case])
+        return all(found)
 
     def _key(self, computing: Mapping[str, Any]) -> Any:
         config = repr(sorted((name, repr(value)) for name, value in dict(self.plain.config).items()))
@@ -334,34 +384,34 @@ class Run:
         live = len(self._returned)
         width = self._lanes.width
         output, sample = (value if has else value.expand(width, *value.shape) for value, has in values)
-        return [self._lanes.padded(self._update(output[:live], sample[:live], live))]
+        return [self._lanes.padded(self._update(output[:live], sample[:live]))]
 
-    def _update(self, output: Tensor, sample: Tensor, live: int) -> Tensor:
+    def _update(self, output: Tensor, sample: Tensor) -> Tensor:
         """A round, from the network's outputs and the states they belong to, both `(live, S, *event)`; the x0 predictions."""
         assert self.state is not None
         state, dtype = self.state, self.solver.noise.dtype
-        flat = (live, self.shape[0], -1)
-        x, g = state.x[:-1, 0], output.to(dtype).reshape(flat)
+        x, g = state.x[:-1, 0], self._by_sample(output.to(dtype))
         changed = sample != self._returned if state.rounds else torch.zeros_like(sample, dtype=torch.bool)
-        if bool(changed.any()):
-            changed = changed.reshape(flat)
+        pinned = bool(changed.any())
+        if pinned:
             if self.settings.threshold is not None:
                 raise UnsupportedError(
                     "`exact` is True but the pipeline changes the state after scheduler.step, as inpainting does: what it puts "
                     "there is no step with noise, so there is no law to be exact in; leave `exact` out"
                 )
-            x = torch.where(changed, sample.to(dtype).reshape(flat), x)
+            x = torch.where(self._by_sample(changed), self._by_sample(sample.to(dtype)), x)
             whole = state.x.clone()
             whole[:-1, 0] = x
             state = replace(state, x=whole)
-        P, Q = (self._of_lanes(one).to(x).reshape(-1, 1, 1) for one in (self.probe.on_state, self.probe.on_output))
-        f = self._clipped(P * x + Q * g, live)
-        self.last_prediction = f[-1].reshape(self.shape).to(self.dtype)
-        shown = f.reshape(live, *self.shape).to(self.dtype)
-        if bool(changed.any()):
-            f = self._pin(state, f, changed, live)
+        self._untangled(g)
+        P, Q = (one.to(x)[self._steps, None] for one in (self.probe.on_state, self.probe.on_output))
+        f = self._clipped(P * x + Q * g)
+        shown = self._by_lane(f)
+        self._remember(f)
+        if pinned:
+            f = self._pin(state, f, changed, sample.to(dtype))
         try:
-            self.state = self.solver.update(state, f.flatten(0, 1))
+            self.state = self.solver.update(state, torch.where(self._inside[..., None], f, 0.0).flatten(0, 1))
         except NonFiniteError as error:
             error.x = error.x.reshape(self.shape)
             raise
@@ -369,48 +419,83 @@ class Run:
         self.residuals.append(residual.masked_fill(residual < 0, torch.nan))
         self.windows.append(self.state.window)
         if not self.state.done:
-            self._returned = self.state.x[:-1, 0].reshape(-1, *self.shape).to(self.dtype)
+            self.noise.forget(int(self.state.start.min()))
+            self._place(self.state)
+            self._returned = self._by_lane(self.state.x[:-1, 0])
         return shown
 
-    def _clipped(self, x0: Tensor, live: int) -> Tensor:
+    def _place(self, state: State) -> None:
+        """Which steps the next round's lanes are, and where each sample's own lie among them."""
+        total, device = len(self.probe.table), state.x.device
+        own = state.start + torch.arange(len(state.x) - 1)[:, None]  # (W, S)
+        self.steps = steps_between(state.start, state.stop)
+        self._steps, self._inside = own.clamp(max=total - 1).to(device), (own < state.stop).to(device)
+        lane = torch.searchsorted(self.steps, own.contiguous()).clamp(max=len(self.steps) - 1)
+        back = (self.steps[:, None] - state.start).clamp(0, len(own) - 1)  # (live, S)
+        active = (self.steps[:, None] >= state.start) & (self.steps[:, None] < state.stop)
+        self._lane, self._back = lane.to(device), back.to(device)
+        self._active = None if bool(active.all()) else active.to(device)
+
+    def _by_sample(self, values: Tensor) -> Tensor:
+        """Values by lane, `(live, S, *event)`, as the solver has them, `(W, S, D)`."""
+        values = values.reshape(*values.shape[:2], -1)
+        return values.gather(0, self._lane[..., None].expand(-1, -1, values.shape[-1]))
+
+    def _by_lane(self, values: Tensor) -> Tensor:
+        """The inverse: `(W, S, D)` as the pipeline has them; where a step is not in a sample's window, the nearest that is."""
+        lanes = values.gather(0, self._back[..., None].expand(-1, -1, values.shape[-1]))
+        return lanes.reshape(-1, *self.shape).to(self.dtype)
+
+    def _remember(self, f: Tensor) -> None:
+        """Keeps the prediction at the last step of each sample."""
+        last = (self._steps == len(self.probe.table) - 1) & self._inside
+        lane, sample = last.nonzero(as_tuple=True)
+        self.last_prediction[sample] = f[lane, sample].reshape(-1, *self.shape[1:]).to(self.dtype)
+
+    def _untangled(self, output: Tensor) -> None:
+        """Raises `Entangled` if what was left out of a round comes out in what was not."""
+        if self._active is None or self._parted:
+            return
+        self._parted = True
+        if self._finite and not bool(output.isfinite().all(-1)[self._inside].all()):
+            raise Entangled
+
+    def _clipped(self, x0: Tensor) -> Tensor:
         kappa = self.probe.clipping
         if kappa is None:
             return x0
-        rows = x0.reshape(live * self.shape[0], *self.shape[1:])
-        each = self._of_lanes(kappa).to(x0).repeat_interleave(self.shape[0]).reshape(-1, *[1] * (len(self.shape) - 1))
+        rows = x0.reshape(-1, *self.shape[1:])
+        each = kappa.to(x0)[self._steps].reshape(-1, *[1] * (len(self.shape) - 1))
         return clipped(self.plain, rows, each).reshape(x0.shape)
 
-    def _pin(self, state: State, f: Tensor, changed: Tensor, live: int) -> Tensor:
+    def _pin(self, state: State, f: Tensor, changed: Tensor, sample: Tensor) -> Tensor:
         """$f$ with which a step lands on what the pipeline will put into its result: the known part of an inpainted state.
 
         Raises:
             UnsupportedError: if what the pipeline puts there depends on what the step returned.
         """
-        first = int(state.start[0])
-        x = state.x[:-1, 0]
-        for lane in range(live):
-            known = self._pinned.get(first + lane)
-            now = changed[lane], x[lane]
+        size = len(changed), self.shape[0], -1
+        for step, mask, target in zip(self.steps.tolist(), changed.reshape(size), sample.reshape(size), strict=True):
+            known = self._pinned.get(step)
+            now = mask, target
             if known is not None:
-                both = known[0] & now[0]
-                if not torch.allclose(known[1][both], now[1][both], rtol=1e-3, atol=1e-3):
+                both = known[0] & mask
+                if not torch.allclose(known[1][both], target[both], rtol=1e-3, atol=1e-3):
                     raise UnsupportedError(
                         "the pipeline changes the state after scheduler.step in a way that depends on the state: piadm follows "
                         "pipelines that overwrite a fixed part of it, as inpainting with a binary mask does"
                     )
-                now = known[0] | now[0], torch.where(now[0], now[1], known[1])
-            self._pinned[first + lane] = now
-        for step in [step for step in self._pinned if step < first]:
+                now = known[0] | mask, torch.where(mask, target, known[1])
+            self._pinned[step] = now
+        for step in [step for step in self._pinned if step < int(state.start.min())]:
             del self._pinned[step]
-        rows = self.rows.take((first + torch.arange(live, device=x.device))[:, None])
+        rows = self.rows.take(self._steps)
         without = rows.step(state.x[:-1], torch.zeros_like(f), state.noise)[:, 0]
-        B = rows.B[:, 0].expand_as(f)
-        out = f.clone()
-        for lane in range(live - 1):
-            mask, target = self._pinned[first + lane + 1]
-            pinned = (target - without[lane]) / B[lane]
-            out[lane] = torch.where(mask & pinned.isfinite(), pinned, f[lane])
-        return out
+        nothing = torch.zeros_like(f[0], dtype=torch.bool), torch.zeros_like(f[0])
+        after = [self._pinned.get(step, nothing) for step in (self.steps + 1).tolist()]
+        masks, targets = (self._by_sample(torch.stack(one)) for one in zip(*after, strict=True))
+        pinned = (targets - without) / rows.B[:, 0]
+        return torch.where(masks & pinned.isfinite(), pinned, f)
 
     def _report(self) -> None:
         assert self.state is not None
@@ -441,6 +526,11 @@ class Run:
         return self.state.finished().reshape(self.shape).to(self.dtype)
 
     @property
+    def _size(self) -> int:
+        """Steps in a window."""
+        return self._lanes.width if self.settings.window is None else self.settings.window
+
+    @property
     def _lanes(self) -> Lanes:
         assert self.lanes is not None
         return self.lanes
@@ -450,9 +540,8 @@ class Run:
 
     def _of_lanes(self, values: Tensor) -> Tensor:
         """Entries of the window's steps, one for each live lane."""
-        first = 0 if self.state is None else int(self.state.start[0])
-        return values[first : first + self._live]
+        return values[: self.first] if self.state is None else values[self.steps]
 
     @property
     def _live(self) -> int:
-        return self.first if self.state is None else len(self.state.x) - 1
+        return self.first if self.state is None else len(self.steps)

@@ -119,7 +119,7 @@ class SchedulerNoise:
     r"""$ξ_m$ as the scheduler itself draws it: from the user's generator, in the order of a sequential run.
 
     The scheduler is stepped along with a state and outputs of zero; what comes out is $C_m ξ_m$. Steps are drawn as they
-    enter the window and never twice.
+    enter the window of any sample, and kept until `forget`.
 
     Arguments:
         scheduler: A plain scheduler that has taken no step; it is stepped.
@@ -139,24 +139,29 @@ class SchedulerNoise:
         self._next = 0
         generators = read_generators(self.options.get("generator"))
         states = [torch.get_rng_state() if one is None else one.get_state() for one in generators]
-        self._seed = blake2b(b"".join(bytes(state.tolist()) for state in states), digest_size=8).hexdigest()
+        seeds = [blake2b(bytes(state.tolist()), digest_size=8).hexdigest() for state in states]
+        self._seeds = seeds if len(seeds) == len(sample) else ["".join(seeds)]
 
     def __call__(self, first: int, last: int) -> Tensor:
         """$ξ_m$ for $m$ from `first` up to but excluding `last`, in the first component; shape `(last - first, k, S, D)`."""
         while self._next < last:
             self._drawn[self._next] = self._draw(self._next)
             self._next += 1
-        for step in [step for step in self._drawn if step < first]:
-            del self._drawn[step]
         xi = torch.stack([self._drawn[step] for step in range(first, last)])[:, None]
         return torch.cat([xi, xi.new_zeros(len(xi), self.probe.table.components - 1, *xi.shape[2:])], 1)
 
+    def forget(self, first: int) -> None:
+        """Drops what was drawn for steps before `first`, which every sample has finished."""
+        for step in [step for step in self._drawn if step < first]:
+            del self._drawn[step]
+
     def uniform(self, first: int, last: int) -> Tensor:
         """$u_m$ for exact runs, a function of the generators' state at the start and of $m$; shape `(last - first, S)`."""
+        each = len(self.sample) // len(self._seeds)
         rows = []
         for step in range(first, last):
-            generator = torch.Generator().manual_seed(derived_seed(f"{self._seed}:{step}"))
-            rows.append(torch.rand(len(self.sample), generator=generator, dtype=self.dtype))
+            sources = [torch.Generator().manual_seed(derived_seed(f"{seed}:{step}")) for seed in self._seeds]
+            rows.append(torch.cat([torch.rand(each, generator=one, dtype=self.dtype) for one in sources]))
         return torch.stack(rows).to(self.device)
 
     def _draw(self, step: int) -> Tensor:

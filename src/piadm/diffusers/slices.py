@@ -34,16 +34,16 @@ class Slices:
         self, max_memory: float | None, costs: dict[Hashable, int], found: dict[str, int], ranks: Ranks | None = None
     ) -> None:
         self.max_memory, self.costs, self.found, self.ranks = max_memory, costs, found, ranks
-        self.window, self.lane, self.device = 1, 0, torch.device("cpu")
+        self.window, self.lane, self.loop, self.device = 1, 0, 0, torch.device("cpu")
 
     def answered(self, answer: Any) -> None:
         """What a network says in the first step, which is taken alone: in a window there is one for each step."""
-        self.lane += LOOP * sum(leaf.nbytes for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
+        self.loop += LOOP * sum(leaf.nbytes for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
 
-    def open(self, table: Table, x: Tensor, window: int) -> None:
-        """A run of starting states `x`, shape `(S, D)`, begins."""
-        self.lane += lane_bytes(table, x)
+    def open(self, table: Table, x: Tensor, window: int, lanes: int) -> None:
+        """A run of starting states `x`, shape `(S, D)`, begins; its loop has so many lanes."""
         self.window, self.device = min(window, len(table)), x.device
+        self.lane = lane_bytes(table, x) + self.loop * min(lanes, len(table)) // self.window
 
     def __call__(self, name: str, key: Hashable, lanes: int, call: Callable[[slice], Answer], asked: list[Tensor]) -> Answer:
         """What a network answers for so many lanes.

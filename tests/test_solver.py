@@ -680,6 +680,19 @@ def test_stepping_by_hand_is_parallel(scheme, window):
     assert state.start.tolist() == [len(sampler.table)] * S
 
 
+def test_stepping_by_hand_keeps_no_graph_of_the_network():
+    scheme, schedule = SCHEMES["ddpm"]
+    network = torch.nn.Linear(D, D, dtype=torch.float64)
+    denoiser = piadm.Denoiser(lambda x, t: network(x), schedule, "sample", variance=0.3)
+    solver, state = solver_of(denoiser, scheme, propagators.Secant(0.3), Sliding(5), torch.float64)
+    for _ in range(3):
+        request = solver.request(state)
+        f = denoiser(request.x, request.t)
+        assert f.requires_grad
+        state = solver.update(state, f)
+    assert not any(part.requires_grad for part in state.parts().values() if isinstance(part, torch.Tensor))
+
+
 def test_a_state_can_be_updated_twice():
     """States are values: a round makes a new one and leaves the old one as it was."""
     scheme, schedule = SCHEMES["ddpm"]

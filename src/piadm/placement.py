@@ -76,8 +76,8 @@ class Placement:
         return mask if self.together else mask & self.valid.to(mask.device)
 
     def dense(self, f: Tensor) -> Tensor:
-        """The rows of the lanes that hold a step, `(R, D)`, as `(W, S, D)` with zeros in the others."""
-        samples = len(self.starts)
+        """The rows of the lanes that hold a step, `(R, D)`, as `(W, S, D)`, zeros in the others, without their graph."""
+        samples, f = len(self.starts), f.detach()
         if len(f) < self.count * samples:
             whole = f.new_zeros(self.count * samples, f.shape[-1])
             whole[self.valid.flatten().to(f.device)] = f

@@ -201,14 +201,14 @@ class Network:
                         "does not run along the batch, so the steps of a window cannot be evaluated in one batch"
                     )
             if some is not None:
-                if self.watched:
-                    self.finite &= all(bool(leaf.isfinite().all()) for leaf in out if isinstance(leaf, Tensor))
                 out = [_scattered(leaf, some) if isinstance(leaf, Tensor) else leaf for leaf in out]
             tensors = [leaf.reshape(rows, count, *leaf.shape[1:]).transpose(0, 1) for leaf in out if isinstance(leaf, Tensor)]
             return tensors, out, out_tree
 
         key = tuple((tuple(value.shape[has:]), has, value.dtype, value.device) for value, has in values)
         tensors, out, out_tree = self.slices(self.name, key, live, call, [value for value, _ in values])
+        if self.watched and wanted is not None:  # here, where all ranks know the same
+            self.finite &= all(bool(tensor[wanted].isfinite().all()) for tensor in tensors)
         if check:
             args, kwargs = self._first(leaves, places, tree, values)
             alone = [leaf for leaf in pytree.tree_leaves(self.forward(*args, **kwargs)) if isinstance(leaf, Tensor)]

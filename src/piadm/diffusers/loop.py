@@ -61,6 +61,9 @@ GUARDS = (
     Guard(r"boundary_timestep is None or t >= boundary_timestep", "boundary_ratio", (None,)),
 )
 
+IN_METHODS = (Guard(r"self\._(get_pag_scale|apply_perturbed_attention_guidance)\(", "pag_adaptive_scale", (0.0,)),)
+"""Likewise, for methods that decide by the timestep they are given, where a loop calls them."""
+
 
 def check_loop(pipeline: type) -> list[Guard]:
     """Reads a pipeline's class; returns the options that its configuration and the arguments of its calls must leave alone.
@@ -89,6 +92,7 @@ def check_loop(pipeline: type) -> list[Guard]:
                     "a window are run together, so only the timestep may tell them apart"
                 )
     for loop in loops:
+        guards += [guard for guard in IN_METHODS if re.search(guard.pattern, ast.unparse(loop))]
         if not any(inner is not loop for inner in _within(loop)):
             guards += _unfollowed(pipeline, loop)
     return guards

@@ -41,6 +41,11 @@ class Placement:
         return found
 
     @cached_property
+    def widths(self) -> list[int]:
+        """How many steps each sample has."""
+        return [stop - start for start, stop in zip(self.starts, self.stops, strict=True)]
+
+    @cached_property
     def low(self) -> int:
         """The first step of all."""
         return min(self.starts)
@@ -83,6 +88,10 @@ class Placement:
             whole[self.valid.flatten().to(f.device)] = f
             f = whole
         return f.reshape(self.count, samples, -1)
+
+    def at_last(self, values: Tensor) -> Tensor:
+        """Values by lane, `(W, S, D)`, at the last step of each sample, `(S, D)`."""
+        return pick(values, [width - 1 for width in self.widths], 1)[0]
 
     def by_step(self, values: Tensor) -> Tensor:
         """Values by lane, `(W, S)`, as values by step from `low` to `high`, NaN outside a sample's window."""

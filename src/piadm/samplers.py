@@ -35,7 +35,7 @@ from piadm.replicas import Replicas
 from piadm.result import Result
 from piadm.schemes import Scheme
 from piadm.sharded import Sharded, sharding
-from piadm.solver import Request, Solver, State
+from piadm.solver import Request, Solver, State, all_finite
 from piadm.tables import Table
 from piadm.tuning import Guarded, Tuner, sizes, timing
 from piadm.windows import Sliding, Window, width
@@ -212,7 +212,7 @@ class Sequential(_Sampler):
                 f = network(Request(run.state.x[0, 0], times[m].expand(len(run.alive)), run.alive))
                 xi = source(m, m + 1)[:, :, run.alive.to(device)] if stochastic else None
                 x = rows.cut(m, m + 1).step(run.state.x, f[None], xi)
-                if not math.isfinite(float(x.sum())) and not bool(x.isfinite().all()):
+                if not all_finite(x):
                     good = x.isfinite().all(-1).all(1)[0]
                     run, x = run.without((~good).nonzero().flatten().tolist(), m), x[:, :, good]
                 start = torch.full((len(run.alive),), m + 1)

@@ -186,10 +186,19 @@ class Solver:
         return mean_variance(self.variance)
 
     @cached_property
+    def _share(self) -> Tensor:
+        """$(m + 1)/M$, float64, shape `(M,)`."""
+        return torch.arange(1, len(self.table) + 1, dtype=torch.float64) / len(self.table)
+
+    @cached_property
     def _allowance(self) -> Tensor:
-        """What the steps up to each may cost, shape `(M,)`."""
-        share = torch.arange(1, len(self.table) + 1, dtype=torch.float64) / len(self.table)
-        return (self.tolerance * share.sqrt()).to(self._weights)
+        """What the steps up to each may cost the samples, shape `(M,)`."""
+        return (self.tolerance * self._share.sqrt()).to(self._weights)
+
+    @cached_property
+    def _nats_share(self) -> Tensor:
+        """The part of `target_kl` that the steps up to each may take, shape `(M,)`."""
+        return self._share.to(self._weights)
 
     @cached_property
     def _information(self) -> Tensor:
@@ -264,7 +273,7 @@ class Solver:
             window=(placed.low, placed.high),
             rounds=state.rounds + 1,
             evaluations=evaluations,
-            newest=pick(f, [stop - start - 1 for start, stop in zip(placed.starts, placed.stops, strict=True)], 1)[0],
+            newest=placed.at_last(f),
             left=None,
         )
         before = torch.stack([state.error, state.nats, state.drift])[:, None]
@@ -296,7 +305,7 @@ class Solver:
         """Which states of the window stay as they are because their measured defects are within the target, `(W, S)`."""
         information = state.placement.of_step(self._information)
         nats = state.nats + (information * defect.square() * state.x[0, :, 0].numel()).cumsum(0)
-        share = state.placement.of_step(torch.arange(1, len(self.table) + 1) / len(self.table)).to(defect)
+        share = state.placement.of_step(self._nats_share)
         # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
         kept = (nats <= target * share) & (information > 0) & state.placement.only(state.seen)
         return torch.cumprod(kept.long(), 0).bool()
@@ -326,7 +335,7 @@ class Solver:
 
     def _sound(self, state: S, f: Tensor, after: Tensor) -> tuple[S, Tensor]:
         """State and $f$ with each window ending before the first step whose result, `(W, k, S, D)`, is not finite."""
-        if math.isfinite(float(after.sum())) or bool(after.isfinite().all()):
+        if all_finite(after):
             return state, f
         good = after.isfinite().all(-1).all(1).cpu() | ~state.placement.valid
         stop = torch.minimum(state.stop, state.start + good.long().cumprod(0).sum(0))
@@ -356,7 +365,6 @@ class Solver:
         placed = Placement(start, stop, int((stop - start).max()))
         shift = [after - before for before, after in zip(old.starts, placed.starts, strict=True)]
         known = [before - after for before, after in zip(old.stops, placed.starts, strict=True)]  # lanes that stay
-        last = [end - begin for begin, end in zip(old.starts, old.stops, strict=True)]
         if same(shift):
             carried = carried[:, shift[0]]
         else:
@@ -373,22 +381,21 @@ class Solver:
             x_seen=pick(state.x_seen, shift, placed.count),
             f_seen=pick(state.f_seen, shift, placed.count),
         )
-        width = [end - begin for begin, end in zip(placed.starts, placed.stops, strict=True)]
-        entering = [stays for stays, wide in zip(known, width, strict=True) if stays < wide]
+        entering = [stays for stays, wide in zip(known, placed.widths, strict=True) if stays < wide]
         first = min(entering, default=placed.count)  # lanes before this one stay in every sample
         count = placed.count - first
-        kept = pick(x, shift, first + 1, last)
+        kept = pick(x, shift, first + 1, old.widths)
         noise = None if state.noise is None else pick(state.noise, shift, first)
         if count == 0:
             return replace(state, x=kept, noise=noise)
 
         stays = None
-        if not same(known) or not same(width):
+        if not same(known) or not same(placed.widths):
             lane = torch.arange(first, placed.count)[:, None]
-            stays = ((lane < torch.tensor(known)) | (lane >= torch.tensor(width))).to(x.device)[:, None, :, None]
+            stays = ((lane < torch.tensor(known)) | (lane >= torch.tensor(placed.widths))).to(x.device)[:, None, :, None]
         drawn = None
         if state.noise is not None and noise is not None:
-            low = min(begin + k for begin, k, wide in zip(placed.starts, known, width, strict=True) if k < wide)
+            low = min(begin + k for begin, k, wide in zip(placed.starts, known, placed.widths, strict=True) if k < wide)
             drawn = pick(self.noise(low, placed.high), [begin + first - low for begin in placed.starts], count)
             if stays is not None:
                 drawn = torch.where(stays, pick(state.noise, [by + first for by in shift], count), drawn)
@@ -397,6 +404,11 @@ class Solver:
         offset = offset.expand(-1, *x.shape[1:]).clone()
         offset[0] += mix(jacobian[0], kept[first])
         if stays is not None:
-            offset = torch.where(stays, pick(x, [by + first + 1 for by in shift], count, last), offset)
+            offset = torch.where(stays, pick(x, [by + first + 1 for by in shift], count, old.widths), offset)
             jacobian = torch.where(stays[:, None], 0.0, jacobian)
         return replace(state, x=torch.cat([kept, carry(jacobian[1:], offset)]), noise=noise)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all are, by their sum first, which is cheaper and may overflow."""
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())

@@ -196,7 +196,7 @@ class SpeculativeSolver(Solver):
             window=(placed.low, placed.high),
             rounds=sound.rounds + 1,
             evaluations=evaluations,
-            newest=pick(f, [stop - start - 1 for start, stop in zip(placed.starts, placed.stops, strict=True)], 1)[0],
+            newest=placed.at_last(f),
             accepted=sound.accepted + scan.kept.sum(0).cpu(),
             rejected=sound.rejected + scan.rejected.sum(0).cpu(),
         )

@@ -427,9 +427,9 @@ class Run:
     def _place(self, state: State) -> None:
         """Which steps the next round's lanes are, and where each sample's own lie among them."""
         total, device = len(self.probe.table), state.x.device
-        own = state.start + torch.arange(len(state.x) - 1)[:, None]  # (W, S)
+        own = state.placement.steps
         self.steps = steps_between(state.start, state.stop)
-        self._steps, self._inside = own.clamp(max=total - 1).to(device), (own < state.stop).to(device)
+        self._steps, self._inside = own.clamp(max=total - 1).to(device), state.placement.valid.to(device)
         lane = torch.searchsorted(self.steps, own.contiguous()).clamp(max=len(self.steps) - 1)
         back = (self.steps[:, None] - state.start).clamp(0, len(own) - 1)  # (live, S)
         active = (self.steps[:, None] >= state.start) & (self.steps[:, None] < state.stop)

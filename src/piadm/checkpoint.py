@@ -25,7 +25,7 @@ from piadm.solver import State
 from piadm.speculative import Speculation
 from piadm.tuning import Guarded
 
-FORMAT, VERSION = "piadm checkpoint", 2
+FORMAT, VERSION = "piadm checkpoint", 3
 SAMPLE_AXIS = {
     "start": 0,
     "stop": 0,
@@ -47,7 +47,10 @@ SAMPLE_AXIS = {
 }
 """The axis of a state's tensors along which samples lie."""
 KINDS = {"State": State, "Speculation": Speculation}
-ON_CPU = ("start", "stop", "evaluations", "accepted", "rejected")
+ON_CPU = (
+    *("start", "stop", "seen", "error", "nats", "drift", "variance", "residual", "evaluations"),
+    *("accepted", "rejected"),
+)
 """Those of them that live on the CPU, wherever the others do."""
 
 
@@ -88,8 +91,7 @@ class Audit:
 
     def take(self, samples: Tensor) -> Audit:
         """That of some samples."""
-        there = samples.to(self.nats.device)
-        return Audit(self.nats[there], self.drift[there], self.steps[samples], self.calls)
+        return Audit(self.nats[samples], self.drift[samples], self.steps[samples], self.calls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +203,7 @@ class Checkpoint:
         """With the state on a device."""
         tensors = {name: v for name, v in self.state.parts().items() if isinstance(v, Tensor) and name not in ON_CPU}
         moved: dict[str, Any] = {name: v.to(device) for name, v in tensors.items()}
-        audit = replace(self.audit, nats=self.audit.nats.to(device), drift=self.audit.drift.to(device))
-        return replace(self, state=replace(self.state, **moved), audit=audit)
+        return replace(self, state=replace(self.state, **moved))
 
 
 def take(state: State, samples: Tensor) -> State:

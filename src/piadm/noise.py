@@ -38,6 +38,11 @@ class NoiseSource(Protocol):
         """$u_m$, uniform on [0, 1), likewise, shape `(last - first, S)`; for solvers that test."""
 
 
+AT_ONCE = 16384
+"""Numbers that one seeding of the generator may give, in steps of which there are at most 32: seeding takes as long as some
+thousand numbers do."""
+
+
 def derived_seed(key: str) -> int:
     """A seed that is a function of a key."""
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
@@ -76,6 +81,8 @@ class Noise:
         self.samples, self.size, self.components = samples, size, components
         self.device, self.dtype = device, dtype
         self._generator = torch.Generator(device)
+        self._stretch = max(1, min(32, AT_ONCE // (components * size * (samples // len(self.seeds)))))
+        self._kept: dict[int, Tensor] = {}
 
     @classmethod
     def from_seeds(
@@ -96,20 +103,29 @@ class Noise:
             parts.append(draw(whole, generator=self._generator, device=self.device, dtype=self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _normal(self, step: int, components: int) -> Tensor:
-        return self._each(f"{step}", torch.randn, (components, self.size))
+    def _normal(self, stretch: int) -> Tensor:
+        """$ξ_m$ of a stretch of steps, shape `(steps, k, S, D)`."""
+        drawn = self._each(f"{stretch}", torch.randn, (self._stretch * self.components, self.size))
+        return drawn.reshape(self._stretch, self.components, self.samples, self.size)
 
     def uniform(self, first: int, last: int) -> Tensor:
         """$u_m$, uniform on [0, 1), for $m$ from `first` up to but excluding `last`, shape `(last - first, S)`."""
-        return torch.cat([self._each(f"{step}:u", torch.rand, (1,)) for step in range(first, last)])
+        low, high = first // 256, (last - 1) // 256 + 1
+        drawn = torch.cat([self._each(f"{stretch}:u", torch.rand, (256,)) for stretch in range(low, high)])
+        return drawn[first - 256 * low : last - 256 * low]
 
     def start(self) -> Tensor:
         """The starting state in units of the scheme's starting standard deviation, shape `(S, D)`."""
-        return self._normal(-1, 1)[0]
+        return self._each("start", torch.randn, (1, self.size))[0]
 
     def __call__(self, first: int, last: int) -> Tensor:
         """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`."""
-        return torch.stack([self._normal(step, self.components) for step in range(first, last)])
+        low, high = first // self._stretch, (last - 1) // self._stretch + 1
+        drawn = {one: self._kept[one] if one in self._kept else self._normal(one) for one in range(low, high)}
+        if self._stretch > 1:  # the next call begins in the middle of one of them, or where this one did
+            self._kept = drawn
+        whole = drawn[low] if len(drawn) == 1 else torch.cat(list(drawn.values()))
+        return whole[first - low * self._stretch : last - low * self._stretch]
 
 
 @dataclass(frozen=True, eq=False)

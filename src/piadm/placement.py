@@ -28,6 +28,11 @@ class Placement:
     stop: Tensor
     count: int
 
+    @classmethod
+    def around(cls, start: Tensor, stop: Tensor) -> Placement:
+        """With no more lanes than the widest sample needs."""
+        return cls(start, stop, max(last - first for first, last in zip(start.tolist(), stop.tolist(), strict=True)))
+
     @cached_property
     def starts(self) -> list[int]:
         """`start` as numbers."""
@@ -69,16 +74,6 @@ class Placement:
     def valid(self) -> Tensor:
         """Which lanes hold a step of their sample, shape `(W, S)`, on the CPU."""
         return self.steps < self.stop
-
-    def of_step(self, values: Tensor) -> Tensor:
-        """Entries of `values`, one for each step of the table, by lane: `(M,)` to `(W, S|1)`."""
-        if self.together:
-            return values[self.low : self.high, None]
-        return values[self.steps.clamp(max=len(values) - 1).to(values.device)]
-
-    def only(self, mask: Tensor) -> Tensor:
-        """`mask`, `(W, S)`, where a lane holds a step, `False` elsewhere."""
-        return mask if self.together else mask & self.valid.to(mask.device)
 
     def dense(self, f: Tensor) -> Tensor:
         """The rows of the lanes that hold a step, `(R, D)`, as `(W, S, D)`, zeros in the others, without their graph."""

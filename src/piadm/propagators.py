@@ -18,7 +18,6 @@ $J = A + B L$.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -30,27 +29,11 @@ from piadm.tables import Rows, Table
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """What the last two evaluations of each lane say of the denoiser, in states `(W, S, D)`; `seen`: `(W, S)`."""
+    """What two evaluations say of the denoiser in a window's first lanes, `(L, S, D)`; `seen`: where there are, `(L, S)`."""
 
     dx: Tensor
     df: Tensor
     seen: Tensor
-
-    @cached_property
-    def length(self) -> Tensor:
-        """$‖Δx‖$, shape `(W, S)`."""
-        length: Tensor = torch.linalg.vector_norm(self.dx, dim=-1)
-        return length
-
-    @cached_property
-    def known(self) -> Tensor:
-        """Whether a lane has two evaluations at different states, shape `(W, S)`."""
-        return self.seen & (self.length > 0)
-
-    @cached_property
-    def divisor(self) -> Tensor:
-        """$‖Δx‖$, and 1 where nothing is known."""
-        return torch.where(self.known, self.length, 1.0)
 
 
 class Propagator(Protocol):
@@ -153,6 +136,10 @@ class Secant:
         start = self._start.gain(rows)
         if pair is None:
             return rows.jacobian(start)
-        gain = torch.linalg.vecdot(pair.dx, pair.df) / pair.divisor.square()
-        gain = gain.nan_to_num().clamp(min=0)[..., None].minimum(1 / rows.alpha)  # products of huge states overflow
-        return rows.jacobian(torch.where(pair.known[..., None], gain, start))
+        square = torch.linalg.vecdot(pair.dx, pair.dx)
+        gain = torch.linalg.vecdot(pair.dx, pair.df) / square
+        again, known = len(gain), pair.seen & (square > 0)
+        gain = gain.nan_to_num().clamp(min=0)[..., None].minimum(1 / rows.alpha[:again])  # products of huge states overflow
+        gain = torch.where(known[..., None], gain, start[:again])
+        rest = start[again:].expand(-1, gain.shape[1], -1)
+        return rows.jacobian(torch.cat([gain, rest.expand(-1, -1, gain.shape[2])]))

@@ -446,7 +446,7 @@ class Parallel(_Sampler):
     def _result(self, run: Checkpoint, solver: Solver) -> Callable[[Tensor], Result]:
         state = run.state
         # of a sample cut short nothing is known beyond its accepted steps
-        short = state.start.to(state.error.device) < len(self.table)
+        short = state.start < len(self.table)
         return lambda samples: Result(
             samples=samples,
             steps=len(self.table),
@@ -455,7 +455,7 @@ class Parallel(_Sampler):
             residuals=run.residuals,
             windows=run.windows,
             converged=state.done,
-            error=state.error.masked_fill(short, torch.inf),
+            error=state.error.masked_fill(short, torch.inf).to(samples),
             certificate=self._certificate(state, run.audit, short),
             seconds=run.seconds,
             network_seconds=run.network_seconds,

@@ -27,14 +27,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from piadm.certificate import information
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import NoiseSource
 from piadm.placement import Placement, pick, same
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
-from piadm.stopping import CAUTION, SAFETY, apparent_variance, mean_variance, misfit, rms, sensitivity
+from piadm.stopping import CAUTION, SAFETY, Account, Changes, Rule, Spent, mean_variance, norm
 from piadm.sweep import carry, sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
@@ -58,10 +57,12 @@ class State:
         stop: One past the last step of the window, likewise.
         x: Window states, the finished one first, shape `(W + 1, k, S, D)`.
         noise: $ξ_m$ of the window's steps, shape `(W, k, S, D)`; `None` for a deterministic table.
-        seen: Per lane, whether `x_seen` and `f_seen` hold an earlier evaluation, shape `(W, S)`.
-        x_seen: The states last evaluated, shape `(W, k, S, D)`.
-        f_seen: What the network said of them, shape `(W, S, D)`.
-        error: What the accepted steps are estimated to cost the final sample, in rms per coordinate, shape `(S,)`.
+        seen: Whether the window's first lanes, those in which any sample has been evaluated before, have been, shape `(L, S)`,
+            on the CPU.
+        x_seen: The states last evaluated there, shape `(L, k, S, D)`.
+        f_seen: What the network said of them, shape `(L, S, D)`.
+        error: What the accepted steps are estimated to cost the final sample, in rms per coordinate, shape `(S,)`, float64,
+            on the CPU, as are the next four.
         nats: What they add to the divergence, $\sum_m ‖δ_m‖^2 / (2 C_m^2)$, shape `(S,)`; see `piadm.certificate`.
         drift: The part of `error` that the certificate's divergence leaves out, shape `(S,)`.
         variance: The data's along the changes of the window's last step, for the stopping rule, shape `(S,)`.
@@ -98,20 +99,21 @@ class State:
         """No step finished and no step iterated, from starting states of shape `(S, D)`; arguments as of `Solver`."""
         samples = len(x)
         zero = torch.zeros(samples, dtype=torch.long)
+        nothing = torch.zeros(samples, dtype=torch.float64)
         first = torch.cat([x[None], x.new_zeros(table.components - 1, *x.shape)])[None]
         return State(
             start=zero,
             stop=zero,
             x=first,
             noise=first[:0] if table.stochastic else None,
-            seen=torch.zeros(0, samples, dtype=torch.bool, device=x.device),
+            seen=torch.zeros(0, samples, dtype=torch.bool),
             x_seen=first[:0],
             f_seen=first[:0, 0],
-            error=x.new_zeros(samples),
-            nats=x.new_zeros(samples),
-            drift=x.new_zeros(samples),
-            variance=x.new_full((samples,), mean_variance(variance) * (size or x.shape[1])),
-            residual=x.new_zeros(0, samples),
+            error=nothing,
+            nats=nothing,
+            drift=nothing,
+            variance=torch.full_like(nothing, mean_variance(variance) * (size or x.shape[1])),
+            residual=nothing.new_zeros(0, samples),
             window=(0, 0),
             rounds=0,
             evaluations=zero,
@@ -128,6 +130,10 @@ class State:
     def parts(self) -> dict[str, Any]:
         """What it is made of, by name."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def spent(self) -> list[Spent]:
+        """`error`, `nats` and `drift` of each sample."""
+        return list(zip(self.error.tolist(), self.nats.tolist(), self.drift.tolist(), strict=True))
 
     def finished(self) -> Tensor:
         """The last finished state of every sample, shape `(S, D)`."""
@@ -178,38 +184,13 @@ class Solver:
         return self.table.times.to(self.noise.device)
 
     @cached_property
-    def _weights(self) -> Tensor:
-        return sensitivity(self.table, self.variance).to(self.noise.device, self.noise.dtype)
-
-    @cached_property
-    def _mean_variance(self) -> float:
-        return mean_variance(self.variance)
-
-    @cached_property
-    def _share(self) -> Tensor:
-        """$(m + 1)/M$, float64, shape `(M,)`."""
-        return torch.arange(1, len(self.table) + 1, dtype=torch.float64) / len(self.table)
-
-    @cached_property
-    def _allowance(self) -> Tensor:
-        """What the steps up to each may cost the samples, shape `(M,)`."""
-        return (self.tolerance * self._share.sqrt()).to(self._weights)
-
-    @cached_property
-    def _nats_share(self) -> Tensor:
-        """The part of `target_kl` that the steps up to each may take, shape `(M,)`."""
-        return self._share.to(self._weights)
-
-    @cached_property
-    def _information(self) -> Tensor:
-        """$1/(2 C_m^2)$ by step, 0 where the certificate says nothing."""
-        known = information(self.table)
-        return torch.zeros_like(self._weights) if known is None else known.to(self.noise.device, self.noise.dtype)
+    def _rule(self) -> Rule:
+        return Rule(self.table, self.variance, self.tolerance)
 
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
         empty = State.begin(x, self.table, self.variance, self.size)
-        return self._advance(empty, empty.start, empty.x, x.new_zeros(3, 1, len(x)))
+        return self._advance(empty, empty.start, empty.x, [Account(spent) for spent in empty.spent()])
 
     def request(self, state: State) -> Request:
         """The rows of the next round."""
@@ -238,50 +219,43 @@ class Solver:
         phi = rows.step(x[:-1], f, state.noise)
         state, f = self._sound(state, f, phi)
         placed = state.placement
-        defect = rms(phi - x[1:])
-        pair, step = None, x[:-1]
-        if state.rounds > 0:
-            step = x[:-1] - state.x_seen
-            pair = Pair(step[:, 0], f - state.f_seen, placed.only(state.seen))
-        kept = None
-        if self.target_kl is not None:
-            kept = self._within(self.target_kl, state, defect)
-            phi = torch.where(kept[:, None, :, None], x[1:], phi)
+        defect, again = norm(phi - x[1:]).cpu(), len(state.x_seen)
+        residual = placed.by_step(defect / math.sqrt(_numbers(x)))
+        step, df = x[:again] - state.x_seen, f[:again] - state.f_seen
+        pair = Pair(step[:, 0], df, state.seen.to(x.device)) if again else None
+        kept = None if self.target_kl is None else self._kept(self.target_kl, state, defect)
+        if kept is not None:
+            still = torch.arange(placed.count)[:, None] < torch.tensor(kept)
+            phi = torch.where(still.to(x.device)[:, None, :, None], x[1:], phi)
+            defect = defect.masked_fill(~still, 0.0)
         jacobian = self.propagator.jacobian(rows, pair)
         new, change = sweep(phi, jacobian, x)
-        variance, numbers = state.variance[None], self.size or x.shape[-1]
-        if pair is not None:
-            variance = apparent_variance(rows, pair, state.variance, self._mean_variance * numbers)
-        if kept is not None:
-            carried = self._spent(state, defect.masked_fill(~kept, 0.0), 1.0, 1.0)
-            within = kept.roll(1, 0)
+        variance = state.variance
+        if kept is None:
+            changes = Changes.of(rows, jacobian, change, state.seen, step, df)
+            accounts, variance = self._estimated(state, changes)
+            accepted = [self._rule.accepted(*one) for one in zip(accounts, placed.starts, placed.widths, strict=True)]
         else:
-            moved = rms(change)
-            # a model that overflowed says nothing against a state that did not change
-            size = torch.where(moved == 0, 0.0, misfit(rows, jacobian, variance, pair, step, numbers) * moved)
-            carried = self._spent(state, size, SAFETY, CAUTION)
-            within = carried[0] <= placed.of_step(self._allowance)  # an estimate that is NaN accepts nothing
-        within[0] = True
-        accepted = within.long().cumprod(0).sum(0).cpu()
+            accounts = self._measured(state, defect)
+            accepted = [min(count + 1, width) for count, width in zip(kept, placed.widths, strict=True)]
         after = replace(
             state,
-            seen=placed.only(torch.ones_like(state.seen)),
+            seen=placed.valid,
             x_seen=x[:-1],
             f_seen=f,
-            variance=variance[-1],
-            residual=placed.by_step(defect),
+            variance=variance,
+            residual=residual,
             window=(placed.low, placed.high),
             rounds=state.rounds + 1,
             evaluations=evaluations,
             newest=placed.at_last(f),
             left=None,
         )
-        before = torch.stack([state.error, state.nats, state.drift])[:, None]
-        # a finished sample has no lanes; its accepted count of 1 is clamped to the table's end
-        ready = (state.start + accepted).minimum(state.stop)
-        after = self._advance(after, ready, new, torch.cat([before, carried], dim=1))
+        after = self._advance(after, state.start + torch.tensor(accepted), new, accounts)
+        if not self.keep:
+            return after
         gone = int((after.start - state.start).max())
-        if not self.keep or gone == 0:
+        if gone == 0:
             return after
         noise = None if state.noise is None else state.noise[:gone]
         return replace(after, left=replace(state, stop=after.start, x=new[: gone + 1], noise=noise, left=None))
@@ -295,32 +269,46 @@ class Solver:
         """
         placed = left.placement
         rows = self._rows_at(left.start, placed.count)
-        size = rms(rows.step(left.x[:-1], placed.dense(f), left.noise) - left.x[1:])
-        size = size.nan_to_num(torch.inf, posinf=torch.inf).masked_fill(~placed.valid.to(size.device), 0.0)
+        defect = norm(rows.step(left.x[:-1], placed.dense(f), left.noise) - left.x[1:]).cpu()
         blank = replace(left, error=0 * left.error, nats=0 * left.nats, drift=0 * left.drift)
-        _, nats, drift = self._spent(blank, size, 1.0, 1.0)[:, -1]
+        accounts = self._measured(blank, defect.nan_to_num(torch.inf, posinf=torch.inf))
+        spent = [account.after(width) for account, width in zip(accounts, placed.widths, strict=True)]
+        _, nats, drift = torch.tensor(spent, dtype=torch.float64).unbind(1)
         return nats, drift
 
-    def _within(self, target: float, state: State, defect: Tensor) -> Tensor:
-        """Which states of the window stay as they are because their measured defects are within the target, `(W, S)`."""
-        information = state.placement.of_step(self._information)
-        nats = state.nats + (information * defect.square() * state.x[0, :, 0].numel()).cumsum(0)
-        share = state.placement.of_step(self._nats_share)
+    def _kept(self, target: float, state: State, defect: Tensor) -> list[int]:
+        """How many of each sample's states stay as they are because their measured defects, `(W, S)`, are within the target."""
+        counts, lanes, rule = [], defect.tolist(), self._rule
         # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
-        kept = (nats <= target * share) & (information > 0) & state.placement.only(state.seen)
-        return torch.cumprod(kept.long(), 0).bool()
+        known = state.seen.long().cumprod(0).sum(0).tolist()
+        for sample, (first, nats) in enumerate(zip(state.placement.starts, state.nats.tolist(), strict=True)):
+            count = 0
+            while count < known[sample]:
+                nats += rule.nats(first + count, lanes[count][sample])
+                if not rule.within(first + count, nats, target):
+                    break
+                count += 1
+            counts.append(count)
+        return counts
 
-    def _spent(self, state: State, size: Tensor, safety: float, caution: float) -> Tensor:
-        """`error`, `nats` and `drift` after each step of the window, for defects of rms `size`, `(W, S)`; `(3, W, S)`.
+    def _estimated(self, state: State, changes: Changes) -> tuple[list[Account], Tensor]:
+        """What the steps that a round changed are estimated to cost, and the variance at the last of each sample."""
+        placed, rule, past, numbers = state.placement, self._rule, state.variance.tolist(), _numbers(state.x)
+        size = self.size or state.x.shape[-1]
+        accounts, variances = [], []
+        for s, spent in enumerate(state.spent()):
+            defects = rule.defects(changes, s, placed.starts[s], past[s], size)
+            accounts.append(Account(spent, rule.spending(spent, placed.starts[s], defects, numbers, SAFETY, CAUTION)))
+            variances.append(rule.last_variance(changes, s, placed.starts[s], placed.widths[s], past[s], size))
+        return accounts, torch.tensor(variances, dtype=torch.float64)
 
-        Estimated ones are multiplied by `safety` for the samples' error, by `caution` for the law's.
-        """
-        information, weights = (state.placement.of_step(values) for values in (self._information, self._weights))
-        cost, noisy = safety * weights * size, information > 0
-        nats = torch.where(noisy, information * (caution * size).square() * state.x[0, :, 0].numel(), 0.0)
-        sums = torch.stack([cost, nats, cost.masked_fill(noisy, 0.0)]).cumsum(1)
-        error, drift = torch.hypot(state.error, sums[0]), torch.hypot(state.drift, sums[2])
-        return torch.stack([error, state.nats + sums[1], drift])
+    def _measured(self, state: State, defect: Tensor) -> list[Account]:
+        """What steps cost whose defects have norms that were measured, `(W, S)`."""
+        lanes, rule, starts, numbers = defect.tolist(), self._rule, state.placement.starts, _numbers(state.x)
+        return [
+            Account(spent, rule.spending(spent, starts[s], [lane[s] for lane in lanes], numbers, 1.0, 1.0))
+            for s, spent in enumerate(state.spent())
+        ]
 
     def prediction(self, state: State) -> Tensor:
         """Finished samples, and for the others the newest prediction of $x_0$ from their window's end, shape `(S, D)`."""
@@ -355,31 +343,29 @@ class Solver:
         index = (start + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
         return self._rows.take(index.to(self.noise.device))
 
-    def _advance(self, state: S, ready: Tensor, x: Tensor, carried: Tensor) -> S:
+    def _advance(self, state: S, ready: Tensor, x: Tensor, accounts: list[Account]) -> S:
         """Moves every sample's window to where it belongs and fills the lanes that enter.
 
-        `x`: the swept states, `(W + 1, k, S, D)`; `carried`: `error`, `nats` and `drift` at each of them, `(3, W + 1, S)`.
+        `x`: the swept states, `(W + 1, k, S, D)`; `accounts`: what each sample's steps cost.
         """
         start, stop = self.window.advance(self.table, state.rounds, ready)
-        old = state.placement
-        placed = Placement(start, stop, int((stop - start).max()))
+        old, placed = state.placement, Placement.around(start, stop)
         shift = [after - before for before, after in zip(old.starts, placed.starts, strict=True)]
         known = [before - after for before, after in zip(old.stops, placed.starts, strict=True)]  # lanes that stay
-        if same(shift):
-            carried = carried[:, shift[0]]
-        else:
-            carried = carried.gather(1, torch.tensor(shift, device=x.device).expand(3, 1, -1))[:, 0]
+        spent = [account.after(steps) for account, steps in zip(accounts, shift, strict=True)]
+        error, nats, drift = torch.tensor(spent, dtype=torch.float64).unbind(1)
+        again = min(max(0, *known), placed.count)
         state = replace(
             state,
             start=start,
             stop=stop,
-            error=carried[0],
-            nats=carried[1],
-            drift=carried[2],
+            error=error,
+            nats=nats,
+            drift=drift,
             done=min(placed.starts) == len(self.table),
-            seen=(torch.arange(placed.count)[:, None] < torch.tensor(known)).to(x.device),
-            x_seen=pick(state.x_seen, shift, placed.count),
-            f_seen=pick(state.f_seen, shift, placed.count),
+            seen=torch.arange(again)[:, None] < torch.tensor(known),
+            x_seen=pick(state.x_seen, shift, again),
+            f_seen=pick(state.f_seen, shift, again),
         )
         entering = [stays for stays, wide in zip(known, placed.widths, strict=True) if stays < wide]
         first = min(entering, default=placed.count)  # lanes before this one stay in every sample
@@ -407,6 +393,11 @@ class Solver:
             offset = torch.where(stays, pick(x, [by + first + 1 for by in shift], count, old.widths), offset)
             jacobian = torch.where(stays[:, None], 0.0, jacobian)
         return replace(state, x=torch.cat([kept, carry(jacobian[1:], offset)]), noise=noise)
+
+
+def _numbers(x: Tensor) -> int:
+    """Of a sample's state, given `(W, k, S, D)`."""
+    return x.shape[1] * x.shape[3]
 
 
 def all_finite(values: Tensor) -> bool:

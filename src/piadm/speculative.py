@@ -52,7 +52,7 @@ from piadm.placement import pick
 from piadm.propagators import Pair
 from piadm.result import Acceptance
 from piadm.solver import Solver, State
-from piadm.stopping import rms
+from piadm.stopping import Account, rms
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
@@ -170,13 +170,13 @@ class SpeculativeSolver(Solver):
         placed = sound.placement
         inside = placed.valid.to(f.device)
 
-        residual = placed.by_step(rms(mean - sound.mean))
+        residual = placed.by_step(rms(mean - sound.mean).cpu())
         steps = placed.steps.clamp(max=len(self.table) - 1)
         drafted, true = self._recalled(sound, steps, rows, mean)
         scan = self._scan(sound, steps, inside, true, xi)
         pair = None
-        if sound.rounds > 0:
-            pair = Pair(x[:-1, 0] - sound.x_seen[:, 0], f - sound.f_seen, sound.seen & inside)
+        if again := len(sound.x_seen):
+            pair = Pair(x[:again, 0] - sound.x_seen[:, 0], f[:again] - sound.f_seen, sound.seen.to(f.device) & inside[:again])
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         kept, ended, rejected = (one[:, None, :, None] for one in (scan.kept, scan.ended, scan.rejected))
         old = sound.mean
@@ -189,7 +189,7 @@ class SpeculativeSolver(Solver):
 
         after = replace(
             sound,
-            seen=inside,
+            seen=placed.valid,
             x_seen=x[:-1],
             f_seen=f,
             residual=residual,
@@ -201,7 +201,7 @@ class SpeculativeSolver(Solver):
             rejected=sound.rejected + scan.rejected.sum(0).cpu(),
         )
         ready = sound.start + (scan.kept | scan.ended).sum(0).cpu()
-        moved = self._advance(after, ready, new, sound.error.expand(3, len(new), -1))
+        moved = self._advance(after, ready, new, [Account(spent) for spent in sound.spent()])
         return self._draft(moved, mean, moved.start - sound.start, sound.stop - moved.start)
 
     def acceptance(self, state: State) -> Acceptance | None:

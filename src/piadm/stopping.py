@@ -22,16 +22,23 @@ $$ E^2 + \Big( \text{SAFETY} \sum_{j \le m} w_j ρ_j ‖d_j‖ \Big)^2 \le τ^2 
 
 An estimate, calibrated on the embedded networks, not a bound: near the boundary between two modes or points of the data an
 error of any size may choose the other one.
+
+
+The device measures norms, all else is done on the host: step after step, until one is not accepted.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
-from piadm.propagators import Pair
+from piadm.certificate import information
 from piadm.tables import Rows, Table, mix
 
 SAFETY = 32.0
@@ -42,12 +49,12 @@ CAUTION = 8.0
 """What estimated defects are multiplied by in the certificate, where no sample's own promise is at stake. In runs accepted with
 a `SAFETY` of 8 it kept the estimate above what an audit measured in 48 of 48 on `digits`, in 46 of 48 on a mixture."""
 
+ByLane = list[list[float]]
+"""Numbers of lanes and samples, `[lane][sample]`."""
 
-def sensitivity(table: Table, variance: float | Tensor) -> Tensor:
-    """$w_m$, what an error of $x_{m+1}$ is worth in the final sample, rms over coordinates; float64, shape `(M,)`."""
-    v = _believable(variance).reshape(1, -1)
-    spread = table.alpha[1:, None] ** 2 * v + table.sigma[1:, None] ** 2
-    return (spread[-1] / spread).mean(1).sqrt()
+Spent = tuple[float, float, float]
+r"""What accepted steps are estimated to cost: the final sample $E$, the certificate $\sum_m ‖δ_m‖^2 / (2 C_m^2)$, and the part
+of $E$ that the certificate leaves out."""
 
 
 def mean_variance(variance: float | Tensor) -> float:
@@ -61,56 +68,191 @@ def _believable(variance: float | Tensor) -> Tensor:
     return v if bool((v > 0).any()) else torch.ones_like(v)
 
 
-def apparent_variance(rows: Rows, pair: Pair, past: Tensor, total: float) -> Tensor:
-    r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ at the last step evaluated twice up to each, shape `(W, S)`.
-
-    Up to each, so that no step is judged by noise drawn after it, which the certificate forbids.
+class Account:
+    """What a sample's steps cost, worked out as far as somebody asks.
 
     Arguments:
-        rows: The window's rows.
-        pair: The last two evaluations.
-        past: The value at the last step of the round before, shape `(S,)`: for steps that the window had not reached then.
-        total: The trace of the data's covariance: for steps that it had, where two evaluations at one state tell nothing.
+        past: Before the window.
+        further: After each of its steps; by default nothing is added.
     """
-    alpha, sigma = rows.alpha[..., 0], rows.sigma[..., 0]
-    gain = torch.linalg.vector_norm(pair.df, dim=-1) / pair.divisor
-    # a gain of 1/α or more is that of a boundless variance
-    variance = gain * sigma.square() / (alpha * (1 - alpha * gain).clamp(min=1e-3))
-    lane = torch.arange(1, len(gain) + 1, device=gain.device)[:, None]
-    last = (pair.known & (variance > 0) & (variance < torch.inf)).mul(lane).cummax(0).values
-    return torch.where(last > 0, variance.gather(0, (last - 1).clamp(min=0)), torch.where(pair.seen, total, past))
+
+    def __init__(self, past: Spent, further: Iterator[Spent] | None = None) -> None:
+        self._after, self._further = [past], repeat(past) if further is None else further
+
+    def after(self, steps: int) -> Spent:
+        """What so many of the window's steps cost, and those before."""
+        while len(self._after) <= steps:
+            self._after.append(next(self._further))
+        return self._after[steps]
 
 
-def misfit(rows: Rows, jacobian: Tensor, variance: Tensor, pair: Pair | None, step: Tensor, size: float) -> Tensor:
-    r"""$ρ_m$: the error of $J_m$ for each unit of change, shape `(W, S)`.
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What a round changed, and how steps and network answered to the change between their last two evaluations.
+
+    Attributes:
+        size: $‖d_m‖$, by lane and sample.
+        spread: $‖J - A‖$, rms over coordinates, by lane, and by sample if $J$ is.
+        along: $⟨(J - A) e_0, B⟩$, mean over coordinates, likewise.
+        seen: Whether there are two evaluations, in the first lanes, as the following.
+        input: $‖Δx^{(0)}‖$.
+        output: $‖Δf‖$.
+        step: $‖Δx‖$.
+        wrong: $‖ΔΦ - J Δx‖$.
+    """
+
+    size: ByLane
+    spread: ByLane
+    along: ByLane
+    seen: list[list[bool]]
+    input: ByLane
+    output: ByLane
+    step: ByLane
+    wrong: ByLane
+
+    @classmethod
+    def of(cls, rows: Rows, jacobian: Tensor, change: Tensor, seen: Tensor, step: Tensor, df: Tensor) -> Changes:
+        """Measures, given $J$ as `(W, k, k, S|1, D|1)`, $d$ as `(W, k, S, D)`, $Δx$ as `(L, k, S, D)`, $Δf$ as `(L, S, D)`."""
+        network, first = jacobian - rows.A, len(step)
+        spread = torch.linalg.vector_norm(network, dim=(1, 2, 4)) / math.sqrt(network.shape[-1])
+        along = (network[:, :, 0] * rows.B).sum((1, 3)) / network.shape[-1]
+        wrong = mix(network[:first], step).sub_(rows.B[:first] * df.unsqueeze(1))
+        pairs = [torch.linalg.vector_norm(one, dim=-1) for one in (step[:, 0], df)]
+        pairs += [norm(step), norm(wrong)]
+        a, b = torch.stack([spread, along]).tolist()
+        return cls(norm(change).tolist(), a, b, seen.tolist(), *torch.stack(pairs).tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """The stopping rule for a table.
 
     Arguments:
-        rows: The window's rows.
-        jacobian: $J_m$, shape `(W, k, k, S|1, D|1)`.
-        variance: That of the Gaussian model, shape `(W, S)` or `(1, S)`.
-        pair: The last two evaluations.
-        step: The change $Δx_m$ between them, shape `(W, k, S, D)`.
-        size: $D$.
+        table: The steps.
+        variance: The data's per coordinate, a number or of one sample's size.
+        tolerance: $τ$.
     """
-    gaussian = rows.jacobian(rows.gaussian_gain(variance[..., None]))
-    unseen = _norm(jacobian - gaussian) + _norm(gaussian - rows.A)
-    if pair is None:
-        return unseen
-    length = rms(step)
-    known = pair.seen & (length > 0)
-    wrong = rms(mix(rows.A - jacobian, step) + rows.B * pair.df.unsqueeze(1))
-    return torch.where(known, wrong / torch.where(known, length, 1.0) + unseen / size, unseen)
+
+    table: Table
+    variance: float | Tensor
+    tolerance: float
+
+    @cached_property
+    def _weights(self) -> list[float]:
+        """$w_m$, what an error of $x_{m+1}$ is worth in the final sample, rms over coordinates."""
+        v = _believable(self.variance).reshape(1, -1)
+        spread = self.table.alpha[1:, None] ** 2 * v + self.table.sigma[1:, None] ** 2
+        weights: list[float] = (spread[-1] / spread).mean(1).sqrt().tolist()
+        return weights
+
+    @cached_property
+    def _information(self) -> list[float]:
+        """$1/(2 C_m^2)$ by step, 0 where the certificate says nothing."""
+        known = information(self.table)
+        return [0.0] * len(self.table) if known is None else known.tolist()
+
+    @cached_property
+    def _levels(self) -> tuple[list[float], list[float], list[float]]:
+        """$α$ and $σ$ of the states evaluated, and $‖B_m‖$."""
+        table = self.table
+        return table.alpha.tolist(), table.sigma.tolist(), torch.linalg.vector_norm(table.B, dim=1).tolist()
+
+    @cached_property
+    def _mean_variance(self) -> float:
+        return mean_variance(self.variance)
+
+    def accepted(self, account: Account, first: int, count: int) -> int:
+        """How many of a sample's `count` steps from `first` on are finished; an estimate that is NaN accepts nothing."""
+        accepted = min(count, 1)
+        while accepted < count:
+            error = account.after(accepted + 1)[0]
+            if not error <= self.tolerance * math.sqrt((first + accepted + 1) / len(self.table)):
+                break
+            accepted += 1
+        return accepted
+
+    def within(self, step: int, nats: float, target: float) -> bool:
+        """Whether the steps up to one, whose divergence is `nats`, are within their share of the `target`."""
+        return nats <= target * (step + 1) / len(self.table) and self._information[step] > 0
+
+    def nats(self, step: int, defect: float) -> float:
+        """What a defect of a norm adds to the divergence."""
+        return self._information[step] * defect * defect
+
+    def spending(
+        self, past: Spent, first: int, defects: Iterable[float], numbers: int, safety: float, caution: float
+    ) -> Iterator[Spent]:
+        """What a sample's steps cost, after each one from `first` on, given their defects' norms.
+
+        Estimated defects are multiplied by `safety` for the sample's error, by `caution` for the law's. `numbers`: $k D$.
+        """
+        error = nats = drift = 0.0
+        for step, defect in enumerate(defects, first):
+            cost = safety * self._weights[step] * defect / math.sqrt(numbers)
+            error += cost
+            if self._information[step] > 0:
+                nats += self.nats(step, caution * defect)
+            else:
+                drift += cost
+            yield math.hypot(past[0], error), past[1] + nats, math.hypot(past[2], drift)
+
+    def defects(self, changes: Changes, sample: int, first: int, past: float, size: float) -> Iterator[float]:
+        r"""$ρ_m ‖d_m‖$ of a sample's steps from `first` on, to be found in the lanes from 0 on.
+
+        Arguments:
+            changes: What the round did.
+            sample: Which one.
+            first: Its first step.
+            past: The variance at the last step of the round before, for steps that the window had not reached then.
+            size: $D$.
+        """
+        alphas, sigmas, reaches = self._levels
+        own = sample if len(changes.spread[0]) > 1 else 0
+        found = math.nan
+        for lane, moved in enumerate(changes.size):
+            known = lane < len(changes.seen) and changes.seen[lane][sample]
+            if known:
+                told = self._explained(changes, sample, lane, first + lane)
+                # up to each step, so that none is judged by noise drawn after it, which the certificate forbids
+                found = found if math.isnan(told) else told
+            variance = found if not math.isnan(found) else self._mean_variance * size if known else past
+            alpha, sigma, reach = alphas[first + lane], sigmas[first + lane], reaches[first + lane]
+            gain = alpha * variance / (alpha * alpha * variance + sigma * sigma)
+            spread, along = changes.spread[lane][own], changes.along[lane][own]
+            off = spread * spread - 2 * gain * along + gain * gain * reach * reach
+            misfit = math.sqrt(max(off, 0.0)) + gain * reach
+            if known and changes.step[lane][sample] > 0:
+                misfit = changes.wrong[lane][sample] / changes.step[lane][sample] + misfit / size
+            # a model that overflowed says nothing against a state that did not change
+            yield misfit * moved[sample] if moved[sample] != 0 else 0.0
+
+    def last_variance(self, changes: Changes, sample: int, first: int, count: int, past: float, size: float) -> float:
+        """The variance at the last of `count` steps, as `defects` has it."""
+        known = [seen[sample] for seen in changes.seen[:count]]
+        for lane in reversed(range(len(known))):
+            if known[lane]:
+                told = self._explained(changes, sample, lane, first + lane)
+                if not math.isnan(told):
+                    return told
+        return self._mean_variance * size if len(known) == count > 0 and known[-1] else past
+
+    def _explained(self, changes: Changes, sample: int, lane: int, step: int) -> float:
+        r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ in a lane evaluated twice; NaN where that tells nothing."""
+        input, alpha, sigma = changes.input[lane][sample], self._levels[0][step], self._levels[1][step]
+        if not (input > 0 and alpha > 0):
+            return math.nan
+        gain = changes.output[lane][sample] / input
+        # a gain of 1/α or more is that of a boundless variance
+        variance = gain * sigma * sigma / (alpha * max(1 - alpha * gain, 1e-3))
+        return variance if 0 < variance < math.inf else math.nan
+
+
+def norm(values: Tensor) -> Tensor:
+    """Over components and coordinates of `(W, k, S, D)`, shape `(W, S)`."""
+    size: Tensor = torch.linalg.vector_norm(values, dim=(1, 3))
+    return size
 
 
 def rms(values: Tensor) -> Tensor:
     """Root mean square over components and coordinates of `(W, k, S, D)`, shape `(W, S)`."""
-    norm: Tensor = torch.linalg.vector_norm(values, dim=(1, 3))
-    return norm / math.sqrt(values.shape[1] * values.shape[3])
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    """Frobenius norm of $k×k$ matrices `(W, k, k, S|1, D|1)`, rms over coordinates, shape `(W, S|1)`."""
-    if matrix.shape[1] == matrix.shape[-1] == 1:
-        return matrix[:, 0, 0, :, 0].abs()
-    norm: Tensor = torch.linalg.vector_norm(matrix, dim=(1, 2, 4))
-    return norm / math.sqrt(matrix.shape[-1])
+    return norm(values) / math.sqrt(values.shape[1] * values.shape[3])

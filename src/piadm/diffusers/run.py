@@ -511,7 +511,7 @@ class Run:
             residuals=tuple(self.residuals),
             windows=tuple(self.windows),
             converged=True,
-            error=state.error,
+            error=state.error.to(state.x),
             certificate=Certificate.of(self.probe.table, state.nats, state.drift, rigorous=False)
             if self.settings.threshold is None
             else EXACT,

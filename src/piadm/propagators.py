@@ -18,6 +18,7 @@ $J = A + B L$.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,11 +30,23 @@ from piadm.tables import Rows, Table
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """What two evaluations say of the denoiser in a window's first lanes, `(L, S, D)`; `seen`: where there are, `(L, S)`."""
+    """What two evaluations say of the denoiser in a window's first lanes.
 
-    dx: Tensor
+    Attributes:
+        step: $Δx$ between them, shape `(L, k, S, D)`.
+        df: $Δf$, shape `(L, S, D)`.
+        seen: Where there are two, shape `(L, S)`, on the CPU.
+    """
+
+    step: Tensor
     df: Tensor
     seen: Tensor
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Products of the $k$ components of $Δx$ and, last, $Δf$ with one another, shape `(L, S, k + 1, k + 1)`."""
+        vectors = torch.cat([self.step, self.df.unsqueeze(1)], dim=1).transpose(1, 2)
+        return vectors @ vectors.transpose(2, 3)
 
 
 class Propagator(Protocol):
@@ -81,7 +94,7 @@ class Exponential:
         )
 
     def jacobian(self, rows: Rows, pair: Pair | None) -> Tensor:
-        return rows.jacobian(1 / rows.alpha)
+        return rows.jacobian(rows.inverse)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +149,11 @@ class Secant:
         start = self._start.gain(rows)
         if pair is None:
             return rows.jacobian(start)
-        square = torch.linalg.vecdot(pair.dx, pair.dx)
-        gain = torch.linalg.vecdot(pair.dx, pair.df) / square
-        again, known = len(gain), pair.seen & (square > 0)
-        gain = gain.nan_to_num().clamp(min=0)[..., None].minimum(1 / rows.alpha[:again])  # products of huge states overflow
-        gain = torch.where(known[..., None], gain, start[:again])
-        rest = start[again:].expand(-1, gain.shape[1], -1)
-        return rows.jacobian(torch.cat([gain, rest.expand(-1, -1, gain.shape[2])]))
+        square, product = pair.gram[..., 0, 0, None], pair.gram[..., 0, -1, None]
+        again, known = len(pair.seen), pair.seen[..., None].to(start.device) & (square > 0)
+        # products of huge states overflow
+        gain = (product / square).nan_to_num_().clamp_(min=0).minimum(rows.inverse[:again])
+        gain = torch.where(known, gain, start[:again])
+        if again < len(start):
+            gain = torch.cat([gain, start[again:].expand(-1, *gain.shape[1:])])
+        return rows.jacobian(gain)

@@ -197,8 +197,8 @@ class Solver:
         placed, inputs = state.placement, state.x[:-1, 0]
         samples = torch.arange(inputs.shape[1])
         if placed.together:
-            times = self._times[placed.low : placed.high].repeat_interleave(len(samples))
-            return Request(inputs.flatten(0, 1), times, samples.repeat(placed.count))
+            times, shape = self._times[placed.low : placed.high, None], (placed.count, len(samples))
+            return Request(inputs.flatten(0, 1), times.expand(shape).flatten(), samples.expand(shape).flatten())
         rows = placed.valid.flatten()
         steps = placed.steps.flatten()[rows].to(inputs.device)
         return Request(inputs.flatten(0, 1)[rows.to(inputs.device)], self._times[steps], samples.repeat(placed.count)[rows])
@@ -221,8 +221,7 @@ class Solver:
         placed = state.placement
         defect, again = norm(phi - x[1:]).cpu(), len(state.x_seen)
         residual = placed.by_step(defect / math.sqrt(_numbers(x)))
-        step, df = x[:again] - state.x_seen, f[:again] - state.f_seen
-        pair = Pair(step[:, 0], df, state.seen.to(x.device)) if again else None
+        pair = Pair(x[:again] - state.x_seen, f[:again] - state.f_seen, state.seen) if again else None
         kept = None if self.target_kl is None else self._kept(self.target_kl, state, defect)
         if kept is not None:
             still = torch.arange(placed.count)[:, None] < torch.tensor(kept)
@@ -232,7 +231,7 @@ class Solver:
         new, change = sweep(phi, jacobian, x)
         variance = state.variance
         if kept is None:
-            changes = Changes.of(rows, jacobian, change, state.seen, step, df)
+            changes = Changes.of(rows, jacobian, change, pair)
             accounts, variance = self._estimated(state, changes)
             accepted = [self._rule.accepted(*one) for one in zip(accounts, placed.starts, placed.widths, strict=True)]
         else:
@@ -240,7 +239,6 @@ class Solver:
             accepted = [min(count + 1, width) for count, width in zip(kept, placed.widths, strict=True)]
         after = replace(
             state,
-            seen=placed.valid,
             x_seen=x[:-1],
             f_seen=f,
             variance=variance,

@@ -176,7 +176,7 @@ class SpeculativeSolver(Solver):
         scan = self._scan(sound, steps, inside, true, xi)
         pair = None
         if again := len(sound.x_seen):
-            pair = Pair(x[:again, 0] - sound.x_seen[:, 0], f[:again] - sound.f_seen, sound.seen.to(f.device) & inside[:again])
+            pair = Pair(x[:again] - sound.x_seen, f[:again] - sound.f_seen, sound.seen & placed.valid[:again])
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         kept, ended, rejected = (one[:, None, :, None] for one in (scan.kept, scan.ended, scan.rejected))
         old = sound.mean
@@ -189,7 +189,6 @@ class SpeculativeSolver(Solver):
 
         after = replace(
             sound,
-            seen=placed.valid,
             x_seen=x[:-1],
             f_seen=f,
             residual=residual,

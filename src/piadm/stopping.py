@@ -34,12 +34,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
+from operator import mul
 
 import torch
 from torch import Tensor
 
 from piadm.certificate import information
-from piadm.tables import Rows, Table, mix
+from piadm.propagators import Pair
+from piadm.tables import Rows, Table
 
 SAFETY = 32.0
 """Kept every promise on the embedded networks, and 95 % on exact denoisers of 100 narrow modes, whose samples near a boundary
@@ -92,35 +94,50 @@ class Changes:
 
     Attributes:
         size: $‖d_m‖$, by lane and sample.
-        spread: $‖J - A‖$, rms over coordinates, by lane, and by sample if $J$ is.
-        along: $⟨(J - A) e_0, B⟩$, mean over coordinates, likewise.
-        seen: Whether there are two evaluations, in the first lanes, as the following.
-        input: $‖Δx^{(0)}‖$.
-        output: $‖Δf‖$.
-        step: $‖Δx‖$.
-        wrong: $‖ΔΦ - J Δx‖$.
+        model: $J - A$ averaged over coordinates, `[lane][row][column][sample]`, of one sample if it is the same in all.
+        scatter: What that leaves out, rms over coordinates, by lane and sample; `None` where $J$ is the same in all.
+        seen: Whether there are two evaluations, in the first lanes.
+        gram: `Pair.gram` there.
     """
 
     size: ByLane
-    spread: ByLane
-    along: ByLane
+    model: list[list[list[list[float]]]]
+    scatter: ByLane | None
     seen: list[list[bool]]
-    input: ByLane
-    output: ByLane
-    step: ByLane
-    wrong: ByLane
+    gram: list[list[list[list[float]]]]
 
     @classmethod
-    def of(cls, rows: Rows, jacobian: Tensor, change: Tensor, seen: Tensor, step: Tensor, df: Tensor) -> Changes:
-        """Measures, given $J$ as `(W, k, k, S|1, D|1)`, $d$ as `(W, k, S, D)`, $Δx$ as `(L, k, S, D)`, $Δf$ as `(L, S, D)`."""
-        network, first = jacobian - rows.A, len(step)
-        spread = torch.linalg.vector_norm(network, dim=(1, 2, 4)) / math.sqrt(network.shape[-1])
-        along = (network[:, :, 0] * rows.B).sum((1, 3)) / network.shape[-1]
-        wrong = mix(network[:first], step).sub_(rows.B[:first] * df.unsqueeze(1))
-        pairs = [torch.linalg.vector_norm(one, dim=-1) for one in (step[:, 0], df)]
-        pairs += [norm(step), norm(wrong)]
-        a, b = torch.stack([spread, along]).tolist()
-        return cls(norm(change).tolist(), a, b, seen.tolist(), *torch.stack(pairs).tolist())
+    def of(cls, rows: Rows, jacobian: Tensor, change: Tensor, pair: Pair | None) -> Changes:
+        """Measures, given $J$ as `(W, k, k, S|1, D|1)` and $d$ as `(W, k, S, D)`."""
+        model, scatter = jacobian - rows.A, None
+        mean = model[..., 0] if model.shape[-1] == 1 else model.mean(-1)
+        if model.shape[-1] > 1:
+            away = torch.linalg.vector_norm(model - mean.unsqueeze(-1), dim=(1, 2, 4))
+            scatter = (away / math.sqrt(model.shape[-1])).tolist()
+        seen, gram = ([], []) if pair is None else (pair.seen.tolist(), pair.gram.tolist())
+        return cls(norm(change).tolist(), mean.tolist(), scatter, seen, gram)
+
+    def misfit(self, lane: int, sample: int, reach: list[float], gain: float, size: float) -> float:
+        r"""$ρ_m$, given the step's $B_m$, a Gaussian model's gain and $D$."""
+        entries = self.model[lane]
+        own = sample if len(entries[0][0]) > 1 else 0
+        scatter = 0.0 if self.scatter is None else self.scatter[lane][own]
+        gram = self.gram[lane][sample] if self.known(lane, sample) else None
+        away, far, wrong, moved = scatter * scatter, 0.0, 0.0, 0.0
+        for i, b in enumerate(reach):
+            row, network = [entry[own] for entry in entries[i]], gain * b
+            away += (row[0] - network) * (row[0] - network) + sum(one * one for one in row[1:])
+            far += network * network
+            if gram is not None:
+                error = [*row, -b]
+                wrong += sum(one * sum(map(mul, error, line)) for one, line in zip(error, gram, strict=True))
+                moved += gram[i][i]
+        unseen = math.sqrt(away) + math.sqrt(far)
+        return math.sqrt(max(wrong, 0.0) / moved) + scatter + unseen / size if moved > 0 else unseen
+
+    def known(self, lane: int, sample: int) -> bool:
+        """Whether a lane has two evaluations."""
+        return lane < len(self.seen) and self.seen[lane][sample]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +169,9 @@ class Rule:
         return [0.0] * len(self.table) if known is None else known.tolist()
 
     @cached_property
-    def _levels(self) -> tuple[list[float], list[float], list[float]]:
-        """$α$ and $σ$ of the states evaluated, and $‖B_m‖$."""
-        table = self.table
-        return table.alpha.tolist(), table.sigma.tolist(), torch.linalg.vector_norm(table.B, dim=1).tolist()
+    def _levels(self) -> tuple[list[float], list[float], list[list[float]]]:
+        """$α$ and $σ$ of the states evaluated, and $B_m$."""
+        return self.table.alpha.tolist(), self.table.sigma.tolist(), self.table.B.tolist()
 
     @cached_property
     def _mean_variance(self) -> float:
@@ -207,41 +223,36 @@ class Rule:
             size: $D$.
         """
         alphas, sigmas, reaches = self._levels
-        own = sample if len(changes.spread[0]) > 1 else 0
         found = math.nan
         for lane, moved in enumerate(changes.size):
-            known = lane < len(changes.seen) and changes.seen[lane][sample]
-            if known:
-                told = self._explained(changes, sample, lane, first + lane)
-                # up to each step, so that none is judged by noise drawn after it, which the certificate forbids
-                found = found if math.isnan(told) else told
-            variance = found if not math.isnan(found) else self._mean_variance * size if known else past
-            alpha, sigma, reach = alphas[first + lane], sigmas[first + lane], reaches[first + lane]
+            # up to each step, so that none is judged by noise drawn after it, which the certificate forbids
+            told = self._explained(changes, lane, sample, first + lane)
+            found = found if math.isnan(told) else told
+            variance = found
+            if math.isnan(found):
+                variance = self._mean_variance * size if changes.known(lane, sample) else past
+            alpha, sigma = alphas[first + lane], sigmas[first + lane]
             gain = alpha * variance / (alpha * alpha * variance + sigma * sigma)
-            spread, along = changes.spread[lane][own], changes.along[lane][own]
-            off = spread * spread - 2 * gain * along + gain * gain * reach * reach
-            misfit = math.sqrt(max(off, 0.0)) + gain * reach
-            if known and changes.step[lane][sample] > 0:
-                misfit = changes.wrong[lane][sample] / changes.step[lane][sample] + misfit / size
             # a model that overflowed says nothing against a state that did not change
-            yield misfit * moved[sample] if moved[sample] != 0 else 0.0
+            still = moved[sample] == 0
+            yield 0.0 if still else changes.misfit(lane, sample, reaches[first + lane], gain, size) * moved[sample]
 
     def last_variance(self, changes: Changes, sample: int, first: int, count: int, past: float, size: float) -> float:
         """The variance at the last of `count` steps, as `defects` has it."""
-        known = [seen[sample] for seen in changes.seen[:count]]
-        for lane in reversed(range(len(known))):
-            if known[lane]:
-                told = self._explained(changes, sample, lane, first + lane)
-                if not math.isnan(told):
-                    return told
-        return self._mean_variance * size if len(known) == count > 0 and known[-1] else past
+        for lane in reversed(range(count)):
+            told = self._explained(changes, lane, sample, first + lane)
+            if not math.isnan(told):
+                return told
+        return self._mean_variance * size if count > 0 and changes.known(count - 1, sample) else past
 
-    def _explained(self, changes: Changes, sample: int, lane: int, step: int) -> float:
+    def _explained(self, changes: Changes, lane: int, sample: int, step: int) -> float:
         r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ in a lane evaluated twice; NaN where that tells nothing."""
-        input, alpha, sigma = changes.input[lane][sample], self._levels[0][step], self._levels[1][step]
-        if not (input > 0 and alpha > 0):
+        if not changes.known(lane, sample):
             return math.nan
-        gain = changes.output[lane][sample] / input
+        gram, alpha, sigma = changes.gram[lane][sample], self._levels[0][step], self._levels[1][step]
+        if not (gram[0][0] > 0 and alpha > 0):
+            return math.nan
+        gain = math.sqrt(gram[-1][-1] / gram[0][0])
         # a gain of 1/α or more is that of a boundless variance
         variance = gain * sigma * sigma / (alpha * max(1 - alpha * gain, 1e-3))
         return variance if 0 < variance < math.inf else math.nan

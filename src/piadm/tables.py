@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ def mix(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    r"""Some rows of a table, cast and shaped to act on states `(W, k, S, D)`: the arithmetic of one step.
+class Columns:
+    r"""A whole table, cast and shaped to act on states, one entry for each step.
 
     `alpha` and `sigma` belong to the states evaluated; `growth` is the ratio of $\sqrt{α^2 + σ^2}$ after the step and before.
     """
@@ -39,10 +40,72 @@ class Rows:
     sigma: Tensor
     growth: Tensor
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """$1/α$."""
+        return 1 / self.alpha
+
+    @cached_property
+    def _gains(self) -> dict[float, Tensor]:
+        return {}
+
+    def gaussian_gain(self, variance: float) -> Tensor:
+        r"""$L = α v / (α^2 v + σ^2)$, worked out once for each $v$."""
+        if variance not in self._gains:
+            self._gains[variance] = _gaussian_gain(self.alpha, self.sigma, variance)
+        return self._gains[variance]
+
+
+class Rows:
+    """The arithmetic of some steps, `W` of them, on states `(W, k, S, D)`.
+
+    Arguments:
+        columns: The table's.
+        act: What takes these steps' entries from a column; one that nobody asks for is not touched.
+    """
+
+    def __init__(self, columns: Columns, act: Callable[[Tensor], Tensor]) -> None:
+        self._columns, self._act = columns, act
+
+    @cached_property
+    def A(self) -> Tensor:
+        """$A_m$, shape `(W, k, k, S|1, 1)`."""
+        return self._act(self._columns.A)
+
+    @cached_property
+    def B(self) -> Tensor:
+        """$B_m$, shape `(W, k, S|1, 1)`."""
+        return self._act(self._columns.B)
+
+    @cached_property
+    def C(self) -> Tensor | None:
+        """$C_m$, like $A_m$; `None` for a table without noise."""
+        return None if self._columns.C is None else self._act(self._columns.C)
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        """$α$ of the states evaluated, shape `(W, S|1, 1)`."""
+        return self._act(self._columns.alpha)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """$1/α$."""
+        return self._act(self._columns.inverse)
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """$σ$, like $α$."""
+        return self._act(self._columns.sigma)
+
+    @cached_property
+    def growth(self) -> Tensor:
+        r"""$\sqrt{α^2 + σ^2}$ after the step over that before, like $α$."""
+        return self._act(self._columns.growth)
+
     def step(self, x: Tensor, f: Tensor, noise: Tensor | None) -> Tensor:
         """$Φ_m(x_m)$ for states `(W, k, S, D)`, denoiser outputs `(W, S, D)` and noise like the states."""
-        out = mix(self.A, x) + self.B * f.unsqueeze(1)
-        return out if self.C is None or noise is None else out + mix(self.C, noise)
+        out = mix(self.A, x).add_(self.B * f.unsqueeze(1))
+        return out if self.C is None or noise is None else out.add_(mix(self.C, noise))
 
     def jacobian(self, gain: Tensor) -> Tensor:
         r"""$J_m = A_m + B_m L_m e_0^\top$ for a gain $L$ of shape `(W, S|1, D|1)`; shape `(W, k, k, S|1, D|1)`."""
@@ -53,26 +116,28 @@ class Rows:
         return self.A + torch.cat([column, rest], dim=2)
 
     def gaussian_gain(self, variance: float | Tensor) -> Tensor:
-        r"""$L = α v / (α^2 v + σ^2)$, $∂f/∂x$ for data $N(μ, v)$, of the shape of `variance`, `(1, S|1, D|1)`, and `W` rows."""
-        scaled = self.alpha * variance
-        return scaled / (self.alpha * scaled + self.sigma.square())
+        r"""$L = α v / (α^2 v + σ^2)$, $∂f/∂x$ for data $N(μ, v)$, for a number or a tensor `(1, S|1, D|1)`; `W` rows of it."""
+        if isinstance(variance, Tensor):
+            return _gaussian_gain(self.alpha, self.sigma, variance)
+        return self._act(self._columns.gaussian_gain(variance))
 
     def take(self, index: Tensor) -> Rows:
-        """Rows of a whole table at steps `(W, S|1)`."""
+        """Of a whole table those at steps `(W, S|1)`."""
 
         def pick(values: Tensor) -> Tensor:
             picked = values[..., 0, 0][index]  # (W, S, *entries)
             return picked.movedim(1, -1).unsqueeze(-1)
 
-        return self._each(pick)
+        return Rows(self._columns, pick)
 
     def cut(self, first: int, last: int) -> Rows:
-        """Rows of a whole table from `first` up to but excluding `last`: views."""
-        return self._each(lambda values: values[first:last])
+        """Of a whole table those from `first` up to but excluding `last`: views."""
+        return Rows(self._columns, lambda values: values[first:last])
 
-    def _each(self, act: Callable[[Tensor], Tensor]) -> Rows:
-        C = None if self.C is None else act(self.C)
-        return Rows(act(self.A), act(self.B), C, act(self.alpha), act(self.sigma), act(self.growth))
+
+def _gaussian_gain(alpha: Tensor, sigma: Tensor, variance: float | Tensor) -> Tensor:
+    scaled = alpha * variance
+    return scaled / (alpha * scaled + sigma.square())
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,4 +197,5 @@ class Table:
         scale = (self.alpha**2 + self.sigma**2).sqrt()
         values = self.A, self.B, self.C, self.alpha[:-1], self.sigma[:-1], scale[1:] / scale[:-1]
         A, B, C, alpha, sigma, growth = (value.to(device, dtype)[..., None, None] for value in values)
-        return Rows(A, B, C if self.stochastic else None, alpha, sigma, growth)
+        columns = Columns(A, B, C if self.stochastic else None, alpha, sigma, growth)
+        return Rows(columns, lambda values: values)

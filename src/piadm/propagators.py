@@ -33,7 +33,7 @@ class Pair:
     """What two evaluations say of the denoiser in a window's first lanes.
 
     Attributes:
-        step: $Δx$ between them, shape `(L, k, S, D)`.
+        step: $Δx$ between them, shape `(L, k, S, D)`; zero where there are no two.
         df: $Δf$, shape `(L, S, D)`.
         seen: Where there are two, shape `(L, S)`, on the CPU.
     """
@@ -41,6 +41,11 @@ class Pair:
     step: Tensor
     df: Tensor
     seen: Tensor
+
+    @classmethod
+    def between(cls, step: Tensor, df: Tensor, seen: Tensor) -> Pair:
+        """Of differences that mean nothing where there are no two."""
+        return cls(step if bool(seen.all()) else step * seen.to(step.device)[:, None, :, None], df, seen)
 
     @cached_property
     def gram(self) -> Tensor:
@@ -150,10 +155,10 @@ class Secant:
         if pair is None:
             return rows.jacobian(start)
         square, product = pair.gram[..., 0, 0, None], pair.gram[..., 0, -1, None]
-        again, known = len(pair.seen), pair.seen[..., None].to(start.device) & (square > 0)
+        again = len(square)
         # products of huge states overflow
         gain = (product / square).nan_to_num_().clamp_(min=0).minimum(rows.inverse[:again])
-        gain = torch.where(known, gain, start[:again])
+        gain = torch.where(square > 0, gain, start[:again])
         if again < len(start):
             gain = torch.cat([gain, start[again:].expand(-1, *gain.shape[1:])])
         return rows.jacobian(gain)

@@ -35,7 +35,7 @@ from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
 from piadm.stopping import CAUTION, SAFETY, Account, Changes, Rule, Spent, mean_variance, norm
 from piadm.sweep import carry, sweep
-from piadm.tables import Rows, Table, mix
+from piadm.tables import Rows, Table
 from piadm.windows import Window
 
 
@@ -221,7 +221,7 @@ class Solver:
         placed = state.placement
         defect, again = norm(phi - x[1:]).cpu(), len(state.x_seen)
         residual = placed.by_step(defect / math.sqrt(_numbers(x)))
-        pair = Pair(x[:again] - state.x_seen, f[:again] - state.f_seen, state.seen) if again else None
+        pair = Pair.between(x[:again] - state.x_seen, f[:again] - state.f_seen, state.seen) if again else None
         kept = None if self.target_kl is None else self._kept(self.target_kl, state, defect)
         if kept is not None:
             still = torch.arange(placed.count)[:, None] < torch.tensor(kept)
@@ -361,7 +361,9 @@ class Solver:
             nats=nats,
             drift=drift,
             done=min(placed.starts) == len(self.table),
-            seen=torch.arange(again)[:, None] < torch.tensor(known),
+            seen=torch.ones(again, len(known), dtype=torch.bool)
+            if same(known)
+            else torch.arange(again)[:, None] < torch.tensor(known),
             x_seen=pick(state.x_seen, shift, again),
             f_seen=pick(state.f_seen, shift, again),
         )
@@ -385,12 +387,12 @@ class Solver:
                 drawn = torch.where(stays, pick(state.noise, [by + first for by in shift], count), drawn)
             noise = torch.cat([noise, drawn])
         jacobian, offset = self.fill.model(self._rows_at(start + first, count), drawn, state.newest)
-        offset = offset.expand(-1, *x.shape[1:]).clone()
-        offset[0] += mix(jacobian[0], kept[first])
+        offset = offset.expand(-1, *x.shape[1:])
         if stays is not None:
             offset = torch.where(stays, pick(x, [by + first + 1 for by in shift], count, old.widths), offset)
             jacobian = torch.where(stays[:, None], 0.0, jacobian)
-        return replace(state, x=torch.cat([kept, carry(jacobian[1:], offset)]), noise=noise)
+        entered = carry(jacobian, torch.cat([kept[first:], offset]))
+        return replace(state, x=torch.cat([kept[:first], entered]), noise=noise)
 
 
 def _numbers(x: Tensor) -> int:

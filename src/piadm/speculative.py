@@ -176,7 +176,7 @@ class SpeculativeSolver(Solver):
         scan = self._scan(sound, steps, inside, true, xi)
         pair = None
         if again := len(sound.x_seen):
-            pair = Pair(x[:again] - sound.x_seen, f[:again] - sound.f_seen, sound.seen & placed.valid[:again])
+            pair = Pair.between(x[:again] - sound.x_seen, f[:again] - sound.f_seen, sound.seen & placed.valid[:again])
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         kept, ended, rejected = (one[:, None, :, None] for one in (scan.kept, scan.ended, scan.rejected))
         old = sound.mean
@@ -215,7 +215,7 @@ class SpeculativeSolver(Solver):
         rest, carried = (by_lane(values[steps.to(values.device)]) for values in self._recalling)
         before = torch.cat([state.x[:1], state.mean])
         drafted, change = sweep(state.mean + mix(rest, mean - state.mean), carried, before)
-        return drafted[1:], mean + mix(rows.A, change)
+        return drafted[1:], torch.cat([mean[:1], mean[1:] + mix(rows.A[1:], change)])
 
     def _scan(self, state: Speculation, steps: Tensor, inside: Tensor, mean: Tensor, xi: Tensor) -> Scan:
         """Tests every sample's steps in order, up to the first that does not keep its draft; `mean`: $μ_m$, `(W, k, S, D)`."""

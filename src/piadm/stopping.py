@@ -108,14 +108,15 @@ class Changes:
 
     @classmethod
     def of(cls, rows: Rows, jacobian: Tensor, change: Tensor, pair: Pair | None) -> Changes:
-        """Measures, given $J$ as `(W, k, k, S|1, D|1)` and $d$ as `(W, k, S, D)`."""
+        """Measures, given $J$ as `(W, k, k, S|1, D|1)` and $d$ of all but the first lane, as `(W - 1, k, S, D)`."""
         model, scatter = jacobian - rows.A, None
         mean = model[..., 0] if model.shape[-1] == 1 else model.mean(-1)
         if model.shape[-1] > 1:
             away = torch.linalg.vector_norm(model - mean.unsqueeze(-1), dim=(1, 2, 4))
             scatter = (away / math.sqrt(model.shape[-1])).tolist()
         seen, gram = ([], []) if pair is None else (pair.seen.tolist(), pair.gram.tolist())
-        return cls(norm(change).tolist(), mean.tolist(), scatter, seen, gram)
+        size = [[0.0] * change.shape[2], *norm(change).tolist()]
+        return cls(size, mean.tolist(), scatter, seen, gram)
 
     def misfit(self, lane: int, sample: int, reach: list[float], gain: float, size: float) -> float:
         r"""$ρ_m$, given the step's $B_m$, a Gaussian model's gain and $D$."""
@@ -126,12 +127,15 @@ class Changes:
         away, far, wrong, moved = scatter * scatter, 0.0, 0.0, 0.0
         for i, b in enumerate(reach):
             row, network = [entry[own] for entry in entries[i]], gain * b
-            away += (row[0] - network) * (row[0] - network) + sum(one * one for one in row[1:])
             far += network * network
+            away += (row[0] - network) * (row[0] - network)
+            for one in row[1:]:
+                away += one * one
             if gram is not None:
-                error = [*row, -b]
-                wrong += sum(one * sum(map(mul, error, line)) for one, line in zip(error, gram, strict=True))
+                error = (*row, -b)
                 moved += gram[i][i]
+                for one, line in zip(error, gram, strict=True):
+                    wrong += one * sum(map(mul, error, line))
         unseen = math.sqrt(away) + math.sqrt(far)
         return math.sqrt(max(wrong, 0.0) / moved) + scatter + unseen / size if moved > 0 else unseen
 

@@ -22,18 +22,15 @@ LOOP_TO = 64
 
 
 def sweep(phi: Tensor, jacobian: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """New states of a window, `(W + 1, k, S, D)`, and by how much those before its steps changed, `(W, k, S, D)`.
+    """New states of a window, `(W + 1, k, S, D)`, and by how much those between its steps changed, `(W - 1, k, S, D)`.
 
     Arguments:
         phi: $Φ_m(x_m)$, shape `(W, k, S, D)`.
         jacobian: $J_m$, shape `(W, k, k, S|1, D|1)`.
         x: The window's states, exact one first, shape `(W + 1, k, S, D)`.
     """
-    still = torch.zeros_like(phi[:1])
-    if len(phi) == 1:
-        return torch.cat([x[:1], phi]), still
     change = carry(jacobian[1:-1], phi[:-1] - x[1:-1])
-    return torch.cat([x[:1], phi[:1], _plus(phi[1:], jacobian[1:], change)]), torch.cat([still, change])
+    return torch.cat([x[:1], phi[:1], _plus(phi[1:], jacobian[1:], change)]), change
 
 
 def carry(jacobian: Tensor, defect: Tensor) -> Tensor:

@@ -315,8 +315,8 @@ def two_sample_evidence(one: Tensor, other: Tensor, projections: int = 8) -> flo
 @pytest.mark.parametrize(("solver", "right"), [(SpeculativeSolver, True), *((mutant, False) for mutant in MUTANTS)])
 def test_a_separated_mixture_comes_out_as_the_sequential_sampler_has_it(solver, right):
     scheme = piadm.DDPM(10)
-    result = final(solver, mixture(), scheme, 20_000, window=None)
-    sequential = piadm.Sequential(mixture(), scheme)((20_000, 2), generator=generator(9), noise=start(20_000, (2,), seed=9))
+    result = final(solver, mixture(), scheme, 40_000, window=None)
+    sequential = piadm.Sequential(mixture(), scheme)((40_000, 2), generator=generator(9), noise=start(40_000, (2,), seed=9))
     p = two_sample_evidence(result.samples, sequential.samples)
     assert (p > LEVEL) if right else (p < FOUND)
 

@@ -465,7 +465,8 @@ def test_batch_norm_left_in_training_is_found_out():
     def norm(x, t):
         return network(x)
 
-    sampler = piadm.Parallel(piadm.Denoiser(norm, BETAS, "sample"), piadm.DDPM(20), window=8)
+    # few rounds: batch norm in training refuses the single row that the last ones may have
+    sampler = piadm.Parallel(piadm.Denoiser(norm, BETAS, "sample"), piadm.DDPM(20), window=8, max_rounds=3)
     with pytest.warns(RuntimeWarning, match="not a function"), torch.no_grad():
         sampler((2, 16), generator=generator())
 

@@ -34,9 +34,7 @@ SAMPLE_AXIS = {
     "seen": 1,
     "x_seen": 2,
     "f_seen": 1,
-    "error": 0,
-    "nats": 0,
-    "drift": 0,
+    "spent": 1,
     "variance": 0,
     "residual": 1,
     "evaluations": 0,
@@ -48,7 +46,7 @@ SAMPLE_AXIS = {
 """The axis of a state's tensors along which samples lie."""
 KINDS = {"State": State, "Speculation": Speculation}
 ON_CPU = (
-    *("start", "stop", "seen", "error", "nats", "drift", "variance", "residual", "evaluations"),
+    *("start", "stop", "seen", "spent", "variance", "residual", "evaluations"),
     *("accepted", "rejected"),
 )
 """Those of them that live on the CPU, wherever the others do."""

@@ -10,8 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Numbers = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+"""What is known of steps and lanes, on the host."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +80,12 @@ class Placement:
     def valid(self) -> Tensor:
         """Which lanes hold a step of their sample, shape `(W, S)`, on the CPU."""
         return self.steps < self.stop
+
+    def of_step(self, values: Numbers) -> Numbers:
+        """Entries of `values`, one for each step of the table, by lane: `(M, …)` to `(W, …, S|1)`."""
+        if self.together:
+            return values[self.low : self.high, ..., None]
+        return np.moveaxis(values[self.steps.clamp(max=len(values) - 1).numpy()], 1, -1)
 
     def dense(self, f: Tensor) -> Tensor:
         """The rows of the lanes that hold a step, `(R, D)`, as `(W, S, D)`, zeros in the others, without their graph."""

@@ -24,16 +24,17 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import NoiseSource
-from piadm.placement import Placement, pick, same
+from piadm.placement import Numbers, Placement, pick, same
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
-from piadm.stopping import CAUTION, SAFETY, Account, Changes, Rule, Spent, mean_variance, norm
+from piadm.stopping import CAUTION, SAFETY, Changes, Rule, mean_variance, norm, on_host
 from piadm.sweep import carry, sweep
 from piadm.tables import Rows, Table
 from piadm.windows import Window
@@ -61,12 +62,10 @@ class State:
             on the CPU.
         x_seen: The states last evaluated there, shape `(L, k, S, D)`.
         f_seen: What the network said of them, shape `(L, S, D)`.
-        error: What the accepted steps are estimated to cost the final sample, in rms per coordinate, shape `(S,)`, float64,
-            on the CPU, as are the next four.
-        nats: What they add to the divergence, $\sum_m ‖δ_m‖^2 / (2 C_m^2)$, shape `(S,)`; see `piadm.certificate`.
-        drift: The part of `error` that the certificate's divergence leaves out, shape `(S,)`.
-        variance: The data's along the changes of the window's last step, for the stopping rule, shape `(S,)`.
-        residual: rms of the last round's defects by step of `window`, NaN outside a sample's own, shape `(stop - start, S)`.
+        spent: What the accepted steps are estimated to cost: `error`, `nats` and `drift`, shape `(3, S)`, float64, on the CPU.
+        variance: The data's along the changes of the window's last step, for the stopping rule, shape `(S,)`, likewise.
+        residual: rms of the last round's defects by step of `window`, NaN outside a sample's own, shape `(stop - start, S)`, on
+            the CPU.
         window: The `(start, stop)` over all samples which that round iterated.
         rounds: Rounds so far.
         evaluations: Network rows so far, per sample, shape `(S,)`.
@@ -82,9 +81,7 @@ class State:
     seen: Tensor
     x_seen: Tensor
     f_seen: Tensor
-    error: Tensor
-    nats: Tensor
-    drift: Tensor
+    spent: Tensor
     variance: Tensor
     residual: Tensor
     window: tuple[int, int]
@@ -109,9 +106,7 @@ class State:
             seen=torch.zeros(0, samples, dtype=torch.bool),
             x_seen=first[:0],
             f_seen=first[:0, 0],
-            error=nothing,
-            nats=nothing,
-            drift=nothing,
+            spent=nothing.expand(3, -1),
             variance=torch.full_like(nothing, mean_variance(variance) * (size or x.shape[1])),
             residual=nothing.new_zeros(0, samples),
             window=(0, 0),
@@ -131,9 +126,20 @@ class State:
         """What it is made of, by name."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
-    def spent(self) -> list[Spent]:
-        """`error`, `nats` and `drift` of each sample."""
-        return list(zip(self.error.tolist(), self.nats.tolist(), self.drift.tolist(), strict=True))
+    @property
+    def error(self) -> Tensor:
+        """Of the final sample, in rms per coordinate, shape `(S,)`."""
+        return self.spent[0]
+
+    @property
+    def nats(self) -> Tensor:
+        r"""Of the law, $\sum_m ‖δ_m‖^2 / (2 C_m^2)$, shape `(S,)`; see `piadm.certificate`."""
+        return self.spent[1]
+
+    @property
+    def drift(self) -> Tensor:
+        """The part of `error` that the certificate's divergence leaves out, shape `(S,)`."""
+        return self.spent[2]
 
     def finished(self) -> Tensor:
         """The last finished state of every sample, shape `(S, D)`."""
@@ -190,7 +196,7 @@ class Solver:
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
         empty = State.begin(x, self.table, self.variance, self.size)
-        return self._advance(empty, empty.start, empty.x, [Account(spent) for spent in empty.spent()])
+        return self._advance(empty, empty.start, empty.x, empty.spent[:, None].numpy())
 
     def request(self, state: State) -> Request:
         """The rows of the next round."""
@@ -203,6 +209,7 @@ class Solver:
         steps = placed.steps.flatten()[rows].to(inputs.device)
         return Request(inputs.flatten(0, 1)[rows.to(inputs.device)], self._times[steps], samples.repeat(placed.count)[rows])
 
+    @np.errstate(all="ignore")
     def update(self, state: State, f: Tensor) -> State:
         """The state after a round, given the network's answers to `request`, shape `(R, D)`.
 
@@ -218,7 +225,7 @@ class Solver:
         rows = self._rows_at(state.start, state.placement.count)
         phi = rows.step(x[:-1], f, state.noise)
         state, f = self._sound(state, f, phi)
-        placed = state.placement
+        placed, rule, past = state.placement, self._rule, state.spent.numpy()
         defect, again = norm(phi - x[1:]).cpu(), len(state.x_seen)
         residual = placed.by_step(defect / math.sqrt(_numbers(x)))
         pair = Pair.between(x[:again] - state.x_seen, f[:again] - state.f_seen, state.seen) if again else None
@@ -231,12 +238,15 @@ class Solver:
         new, change = sweep(phi, jacobian, x)
         variance = state.variance
         if kept is None:
-            changes = Changes.of(rows, jacobian, change, pair)
-            accounts, variance = self._estimated(state, changes)
-            accepted = [self._rule.accepted(*one) for one in zip(accounts, placed.starts, placed.widths, strict=True)]
+            changes, size = Changes.of(rows, jacobian, change, pair), self.size or x.shape[-1]
+            along = rule.variance_along(changes, placed, state.variance.numpy(), size)
+            # a model that overflowed says nothing against a state that did not change
+            moved = np.where(changes.size == 0, 0.0, rule.misfit(changes, placed, along, size) * changes.size)
+            spent = rule.spent(past, placed, moved, _numbers(x), SAFETY, CAUTION)
+            accepted, variance = rule.accepted(spent[0, 1:], placed), torch.from_numpy(along[-1])
         else:
-            accounts = self._measured(state, defect)
-            accepted = [min(count + 1, width) for count, width in zip(kept, placed.widths, strict=True)]
+            spent = rule.spent(past, placed, on_host(defect), _numbers(x), 1.0, 1.0)
+            accepted = torch.tensor(kept) + 1
         after = replace(
             state,
             x_seen=x[:-1],
@@ -249,7 +259,8 @@ class Solver:
             newest=placed.at_last(f),
             left=None,
         )
-        after = self._advance(after, state.start + torch.tensor(accepted), new, accounts)
+        # a finished sample has no lanes; its accepted count of 1 is clamped to the table's end
+        after = self._advance(after, (state.start + accepted).minimum(state.stop), new, spent)
         if not self.keep:
             return after
         gone = int((after.start - state.start).max())
@@ -258,6 +269,7 @@ class Solver:
         noise = None if state.noise is None else state.noise[:gone]
         return replace(after, left=replace(state, stop=after.start, x=new[: gone + 1], noise=noise, left=None))
 
+    @np.errstate(all="ignore")
     def measure(self, left: State, f: Tensor) -> tuple[Tensor, Tensor]:
         r"""The defects of steps that have left, measured, given the network's answers to `request(left)`.
 
@@ -268,45 +280,20 @@ class Solver:
         placed = left.placement
         rows = self._rows_at(left.start, placed.count)
         defect = norm(rows.step(left.x[:-1], placed.dense(f), left.noise) - left.x[1:]).cpu()
-        blank = replace(left, error=0 * left.error, nats=0 * left.nats, drift=0 * left.drift)
-        accounts = self._measured(blank, defect.nan_to_num(torch.inf, posinf=torch.inf))
-        spent = [account.after(width) for account, width in zip(accounts, placed.widths, strict=True)]
-        _, nats, drift = torch.tensor(spent, dtype=torch.float64).unbind(1)
-        return nats, drift
+        size = np.where(placed.valid.numpy(), np.nan_to_num(on_host(defect), nan=np.inf, posinf=np.inf), 0.0)
+        _, nats, drift = self._rule.spent(np.zeros_like(left.spent), placed, size, _numbers(left.x), 1.0, 1.0)[:, -1]
+        return torch.from_numpy(nats), torch.from_numpy(drift)
 
     def _kept(self, target: float, state: State, defect: Tensor) -> list[int]:
         """How many of each sample's states stay as they are because their measured defects, `(W, S)`, are within the target."""
-        counts, lanes, rule = [], defect.tolist(), self._rule
+        placed, rule = state.placement, self._rule
+        known = placed.of_step(rule.information)
+        nats = state.nats.numpy() + (known * np.square(on_host(defect))).cumsum(0)
+        kept = (nats <= target * placed.of_step(rule.share)) & (known > 0)
         # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
-        known = state.seen.long().cumprod(0).sum(0).tolist()
-        for sample, (first, nats) in enumerate(zip(state.placement.starts, state.nats.tolist(), strict=True)):
-            count = 0
-            while count < known[sample]:
-                nats += rule.nats(first + count, lanes[count][sample])
-                if not rule.within(first + count, nats, target):
-                    break
-                count += 1
-            counts.append(count)
+        kept = kept[: len(state.seen)] & state.seen.numpy()
+        counts: list[int] = np.logical_and.accumulate(kept).sum(0).tolist()
         return counts
-
-    def _estimated(self, state: State, changes: Changes) -> tuple[list[Account], Tensor]:
-        """What the steps that a round changed are estimated to cost, and the variance at the last of each sample."""
-        placed, rule, past, numbers = state.placement, self._rule, state.variance.tolist(), _numbers(state.x)
-        size = self.size or state.x.shape[-1]
-        accounts, variances = [], []
-        for s, spent in enumerate(state.spent()):
-            defects = rule.defects(changes, s, placed.starts[s], past[s], size)
-            accounts.append(Account(spent, rule.spending(spent, placed.starts[s], defects, numbers, SAFETY, CAUTION)))
-            variances.append(rule.last_variance(changes, s, placed.starts[s], placed.widths[s], past[s], size))
-        return accounts, torch.tensor(variances, dtype=torch.float64)
-
-    def _measured(self, state: State, defect: Tensor) -> list[Account]:
-        """What steps cost whose defects have norms that were measured, `(W, S)`."""
-        lanes, rule, starts, numbers = defect.tolist(), self._rule, state.placement.starts, _numbers(state.x)
-        return [
-            Account(spent, rule.spending(spent, starts[s], [lane[s] for lane in lanes], numbers, 1.0, 1.0))
-            for s, spent in enumerate(state.spent())
-        ]
 
     def prediction(self, state: State) -> Tensor:
         """Finished samples, and for the others the newest prediction of $x_0$ from their window's end, shape `(S, D)`."""
@@ -341,25 +328,21 @@ class Solver:
         index = (start + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
         return self._rows.take(index.to(self.noise.device))
 
-    def _advance(self, state: S, ready: Tensor, x: Tensor, accounts: list[Account]) -> S:
+    def _advance(self, state: S, ready: Tensor, x: Tensor, spent: Numbers) -> S:
         """Moves every sample's window to where it belongs and fills the lanes that enter.
 
-        `x`: the swept states, `(W + 1, k, S, D)`; `accounts`: what each sample's steps cost.
+        `x`: the swept states, `(W + 1, k, S, D)`; `spent`: what was spent at each of them, `(3, W + 1, S)`.
         """
         start, stop = self.window.advance(self.table, state.rounds, ready)
         old, placed = state.placement, Placement.around(start, stop)
         shift = [after - before for before, after in zip(old.starts, placed.starts, strict=True)]
         known = [before - after for before, after in zip(old.stops, placed.starts, strict=True)]  # lanes that stay
-        spent = [account.after(steps) for account, steps in zip(accounts, shift, strict=True)]
-        error, nats, drift = torch.tensor(spent, dtype=torch.float64).unbind(1)
         again = min(max(0, *known), placed.count)
         state = replace(
             state,
             start=start,
             stop=stop,
-            error=error,
-            nats=nats,
-            drift=drift,
+            spent=torch.from_numpy(spent[:, shift, np.arange(len(shift))]),
             done=min(placed.starts) == len(self.table),
             seen=torch.ones(again, len(known), dtype=torch.bool)
             if same(known)

@@ -52,7 +52,7 @@ from piadm.placement import pick
 from piadm.propagators import Pair
 from piadm.result import Acceptance
 from piadm.solver import Solver, State
-from piadm.stopping import Account, rms
+from piadm.stopping import rms
 from piadm.sweep import sweep
 from piadm.tables import Rows, Table, mix
 from piadm.windows import Window
@@ -200,7 +200,7 @@ class SpeculativeSolver(Solver):
             rejected=sound.rejected + scan.rejected.sum(0).cpu(),
         )
         ready = sound.start + (scan.kept | scan.ended).sum(0).cpu()
-        moved = self._advance(after, ready, new, [Account(spent) for spent in sound.spent()])
+        moved = self._advance(after, ready, new, sound.spent[:, None].expand(-1, len(new), -1).numpy())
         return self._draft(moved, mean, moved.start - sound.start, sound.stop - moved.start)
 
     def acceptance(self, state: State) -> Acceptance | None:

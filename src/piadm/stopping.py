@@ -24,22 +24,21 @@ An estimate, calibrated on the embedded networks, not a bound: near the boundary
 error of any size may choose the other one.
 
 
-The device measures norms, all else is done on the host: step after step, until one is not accepted.
+The device measures norms and products, a few numbers for each step; what is made of them is made on the host, in float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
-from operator import mul
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from piadm.certificate import information
+from piadm.placement import Mask, Numbers, Placement
 from piadm.propagators import Pair
 from piadm.tables import Rows, Table
 
@@ -50,13 +49,6 @@ no constant saves: four times less kept 90 % in a tenth fewer rounds (docs/bench
 CAUTION = 8.0
 """What estimated defects are multiplied by in the certificate, where no sample's own promise is at stake. In runs accepted with
 a `SAFETY` of 8 it kept the estimate above what an audit measured in 48 of 48 on `digits`, in 46 of 48 on a mixture."""
-
-ByLane = list[list[float]]
-"""Numbers of lanes and samples, `[lane][sample]`."""
-
-Spent = tuple[float, float, float]
-r"""What accepted steps are estimated to cost: the final sample $E$, the certificate $\sum_m ‖δ_m‖^2 / (2 C_m^2)$, and the part
-of $E$ that the certificate leaves out."""
 
 
 def mean_variance(variance: float | Tensor) -> float:
@@ -70,78 +62,38 @@ def _believable(variance: float | Tensor) -> Tensor:
     return v if bool((v > 0).any()) else torch.ones_like(v)
 
 
-class Account:
-    """What a sample's steps cost, worked out as far as somebody asks.
-
-    Arguments:
-        past: Before the window.
-        further: After each of its steps; by default nothing is added.
-    """
-
-    def __init__(self, past: Spent, further: Iterator[Spent] | None = None) -> None:
-        self._after, self._further = [past], repeat(past) if further is None else further
-
-    def after(self, steps: int) -> Spent:
-        """What so many of the window's steps cost, and those before."""
-        while len(self._after) <= steps:
-            self._after.append(next(self._further))
-        return self._after[steps]
-
-
 @dataclass(frozen=True, eq=False)
 class Changes:
     """What a round changed, and how steps and network answered to the change between their last two evaluations.
 
     Attributes:
-        size: $‖d_m‖$, by lane and sample.
-        model: $J - A$ averaged over coordinates, `[lane][row][column][sample]`, of one sample if it is the same in all.
-        scatter: What that leaves out, rms over coordinates, by lane and sample; `None` where $J$ is the same in all.
-        seen: Whether there are two evaluations, in the first lanes.
-        gram: `Pair.gram` there.
+        size: $‖d_m‖$, shape `(W, S)`.
+        model: $J - A$ averaged over coordinates, shape `(W, k, k, S|1)`.
+        scatter: What that leaves out, rms over coordinates, shape `(W, S|1)`.
+        seen: Whether there are two evaluations, in the first lanes, shape `(L, S)`.
+        gram: `Pair.gram` there, shape `(L, k + 1, k + 1, S)`.
     """
 
-    size: ByLane
-    model: list[list[list[list[float]]]]
-    scatter: ByLane | None
-    seen: list[list[bool]]
-    gram: list[list[list[list[float]]]]
+    size: Numbers
+    model: Numbers
+    scatter: Numbers
+    seen: Mask
+    gram: Numbers
 
     @classmethod
     def of(cls, rows: Rows, jacobian: Tensor, change: Tensor, pair: Pair | None) -> Changes:
         """Measures, given $J$ as `(W, k, k, S|1, D|1)` and $d$ of all but the first lane, as `(W - 1, k, S, D)`."""
-        model, scatter = jacobian - rows.A, None
+        k, samples = change.shape[1:3]
+        size = np.zeros((len(change) + 1, samples))
+        size[1:] = on_host(norm(change))
+        model = jacobian - rows.A
         mean = model[..., 0] if model.shape[-1] == 1 else model.mean(-1)
+        scatter = np.zeros((len(mean), 1))
         if model.shape[-1] > 1:
-            away = torch.linalg.vector_norm(model - mean.unsqueeze(-1), dim=(1, 2, 4))
-            scatter = (away / math.sqrt(model.shape[-1])).tolist()
-        seen, gram = ([], []) if pair is None else (pair.seen.tolist(), pair.gram.tolist())
-        size = [[0.0] * change.shape[2], *norm(change).tolist()]
-        return cls(size, mean.tolist(), scatter, seen, gram)
-
-    def misfit(self, lane: int, sample: int, reach: list[float], gain: float, size: float) -> float:
-        r"""$ρ_m$, given the step's $B_m$, a Gaussian model's gain and $D$."""
-        entries = self.model[lane]
-        own = sample if len(entries[0][0]) > 1 else 0
-        scatter = 0.0 if self.scatter is None else self.scatter[lane][own]
-        gram = self.gram[lane][sample] if self.known(lane, sample) else None
-        away, far, wrong, moved = scatter * scatter, 0.0, 0.0, 0.0
-        for i, b in enumerate(reach):
-            row, network = [entry[own] for entry in entries[i]], gain * b
-            far += network * network
-            away += (row[0] - network) * (row[0] - network)
-            for one in row[1:]:
-                away += one * one
-            if gram is not None:
-                error = (*row, -b)
-                moved += gram[i][i]
-                for one, line in zip(error, gram, strict=True):
-                    wrong += one * sum(map(mul, error, line))
-        unseen = math.sqrt(away) + math.sqrt(far)
-        return math.sqrt(max(wrong, 0.0) / moved) + scatter + unseen / size if moved > 0 else unseen
-
-    def known(self, lane: int, sample: int) -> bool:
-        """Whether a lane has two evaluations."""
-        return lane < len(self.seen) and self.seen[lane][sample]
+            scatter = on_host(torch.linalg.vector_norm(model - mean.unsqueeze(-1), dim=(1, 2, 4))) / math.sqrt(model.shape[-1])
+        if pair is None:
+            return cls(size, on_host(mean), scatter, np.ones((0, samples), bool), np.ones((0, k + 1, k + 1, samples)))
+        return cls(size, on_host(mean), scatter, pair.seen.numpy(), on_host(pair.gram).transpose(0, 2, 3, 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,107 +111,108 @@ class Rule:
     tolerance: float
 
     @cached_property
-    def _weights(self) -> list[float]:
-        """$w_m$, what an error of $x_{m+1}$ is worth in the final sample, rms over coordinates."""
+    def information(self) -> Numbers:
+        """$1/(2 C_m^2)$ by step, 0 where the certificate says nothing; shape `(M,)`."""
+        known = information(self.table)
+        return np.zeros(len(self.table)) if known is None else known.numpy()
+
+    @cached_property
+    def share(self) -> Numbers:
+        """$(m + 1)/M$, shape `(M,)`."""
+        return np.arange(1, len(self.table) + 1) / len(self.table)
+
+    @cached_property
+    def _weights(self) -> Numbers:
+        """$w_m$, what an error of $x_{m+1}$ is worth in the final sample, rms over coordinates; shape `(M,)`."""
         v = _believable(self.variance).reshape(1, -1)
         spread = self.table.alpha[1:, None] ** 2 * v + self.table.sigma[1:, None] ** 2
-        weights: list[float] = (spread[-1] / spread).mean(1).sqrt().tolist()
-        return weights
+        return (spread[-1] / spread).mean(1).sqrt().numpy()
 
     @cached_property
-    def _information(self) -> list[float]:
-        """$1/(2 C_m^2)$ by step, 0 where the certificate says nothing."""
-        known = information(self.table)
-        return [0.0] * len(self.table) if known is None else known.tolist()
+    def _allowance(self) -> Numbers:
+        """What the steps up to each may cost the samples, shape `(M,)`."""
+        return self.tolerance * np.sqrt(self.share)
 
     @cached_property
-    def _levels(self) -> tuple[list[float], list[float], list[list[float]]]:
-        """$α$ and $σ$ of the states evaluated, and $B_m$."""
-        return self.table.alpha.tolist(), self.table.sigma.tolist(), self.table.B.tolist()
+    def _levels(self) -> tuple[Numbers, Numbers, Numbers]:
+        """$α$ and $σ^2$ of the states evaluated, shape `(M,)`, and $B_m$, shape `(M, k)`."""
+        return self.table.alpha[:-1].numpy(), self.table.sigma[:-1].square().numpy(), self.table.B.numpy()
 
     @cached_property
     def _mean_variance(self) -> float:
         return mean_variance(self.variance)
 
-    def accepted(self, account: Account, first: int, count: int) -> int:
-        """How many of a sample's `count` steps from `first` on are finished; an estimate that is NaN accepts nothing."""
-        accepted = min(count, 1)
-        while accepted < count:
-            error = account.after(accepted + 1)[0]
-            if not error <= self.tolerance * math.sqrt((first + accepted + 1) / len(self.table)):
-                break
-            accepted += 1
-        return accepted
+    def variance_along(self, changes: Changes, placed: Placement, past: Numbers, size: float) -> Numbers:
+        r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ at the last step evaluated twice up to each, shape `(W, S)`.
 
-    def within(self, step: int, nats: float, target: float) -> bool:
-        """Whether the steps up to one, whose divergence is `nats`, are within their share of the `target`."""
-        return nats <= target * (step + 1) / len(self.table) and self._information[step] > 0
-
-    def nats(self, step: int, defect: float) -> float:
-        """What a defect of a norm adds to the divergence."""
-        return self._information[step] * defect * defect
-
-    def spending(
-        self, past: Spent, first: int, defects: Iterable[float], numbers: int, safety: float, caution: float
-    ) -> Iterator[Spent]:
-        """What a sample's steps cost, after each one from `first` on, given their defects' norms.
-
-        Estimated defects are multiplied by `safety` for the sample's error, by `caution` for the law's. `numbers`: $k D$.
-        """
-        error = nats = drift = 0.0
-        for step, defect in enumerate(defects, first):
-            cost = safety * self._weights[step] * defect / math.sqrt(numbers)
-            error += cost
-            if self._information[step] > 0:
-                nats += self.nats(step, caution * defect)
-            else:
-                drift += cost
-            yield math.hypot(past[0], error), past[1] + nats, math.hypot(past[2], drift)
-
-    def defects(self, changes: Changes, sample: int, first: int, past: float, size: float) -> Iterator[float]:
-        r"""$ρ_m ‖d_m‖$ of a sample's steps from `first` on, to be found in the lanes from 0 on.
+        Up to each, so that no step is judged by noise drawn after it, which the certificate forbids.
 
         Arguments:
             changes: What the round did.
-            sample: Which one.
-            first: Its first step.
-            past: The variance at the last step of the round before, for steps that the window had not reached then.
-            size: $D$.
+            placed: Where its lanes are.
+            past: The value at the last step of the round before, `(S,)`: for steps that the window had not reached then.
+            size: $D$; times the mean variance it stands in where two evaluations at one state tell nothing.
         """
-        alphas, sigmas, reaches = self._levels
-        found = math.nan
-        for lane, moved in enumerate(changes.size):
-            # up to each step, so that none is judged by noise drawn after it, which the certificate forbids
-            told = self._explained(changes, lane, sample, first + lane)
-            found = found if math.isnan(told) else told
-            variance = found
-            if math.isnan(found):
-                variance = self._mean_variance * size if changes.known(lane, sample) else past
-            alpha, sigma = alphas[first + lane], sigmas[first + lane]
-            gain = alpha * variance / (alpha * alpha * variance + sigma * sigma)
-            # a model that overflowed says nothing against a state that did not change
-            still = moved[sample] == 0
-            yield 0.0 if still else changes.misfit(lane, sample, reaches[first + lane], gain, size) * moved[sample]
-
-    def last_variance(self, changes: Changes, sample: int, first: int, count: int, past: float, size: float) -> float:
-        """The variance at the last of `count` steps, as `defects` has it."""
-        for lane in reversed(range(count)):
-            told = self._explained(changes, lane, sample, first + lane)
-            if not math.isnan(told):
-                return told
-        return self._mean_variance * size if count > 0 and changes.known(count - 1, sample) else past
-
-    def _explained(self, changes: Changes, lane: int, sample: int, step: int) -> float:
-        r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ in a lane evaluated twice; NaN where that tells nothing."""
-        if not changes.known(lane, sample):
-            return math.nan
-        gram, alpha, sigma = changes.gram[lane][sample], self._levels[0][step], self._levels[1][step]
-        if not (gram[0][0] > 0 and alpha > 0):
-            return math.nan
-        gain = math.sqrt(gram[-1][-1] / gram[0][0])
+        seen = changes.seen
+        alpha, noise = (placed.of_step(values)[: len(seen)] for values in self._levels[:2])
+        gain = np.sqrt(changes.gram[:, -1, -1] / changes.gram[:, 0, 0])
         # a gain of 1/α or more is that of a boundless variance
-        variance = gain * sigma * sigma / (alpha * max(1 - alpha * gain, 1e-3))
-        return variance if 0 < variance < math.inf else math.nan
+        variance = gain * noise / (alpha * np.maximum(1 - alpha * gain, 1e-3))
+        told = seen & (variance > 0) & (variance < np.inf)
+        out = np.empty_like(changes.size)
+        out[: len(seen)] = np.where(told, variance, np.where(seen, self._mean_variance * size, past))
+        out[len(seen) :] = past
+        last = np.zeros(out.shape, np.int64)
+        last[: len(seen)] = told * np.arange(1, len(seen) + 1)[:, None]
+        last = np.maximum.accumulate(last)
+        return np.where(last > 0, out[np.maximum(last - 1, 0), np.arange(out.shape[1])], out)
+
+    def misfit(self, changes: Changes, placed: Placement, variance: Numbers, size: float) -> Numbers:
+        """$ρ_m$, the error of $J_m$ for each unit of change, shape `(W, S)`.
+
+        `variance`: that of the Gaussian model; `size`: $D$.
+        """
+        A_to_J, gram = changes.model, changes.gram
+        alpha, noise, B = (placed.of_step(values) for values in self._levels)
+        scaled, again = alpha * variance, len(gram)
+        network = B * (scaled / (alpha * scaled + noise))[:, None]
+        off = A_to_J + np.zeros(network.shape[-1])
+        off[:, :, 0] -= network
+        unseen: Numbers = np.sqrt((off * off).sum((1, 2)) + changes.scatter**2) + np.sqrt((network * network).sum(1))
+        # ΔΦ - J Δx is made of Δx and Δf by the rows of A - J and B
+        error = np.empty((again, B.shape[1], B.shape[1] + 1, gram.shape[-1]))
+        error[:, :, :-1] = -A_to_J[:again]
+        error[:, :, -1] = B[:again]
+        wrong = ((error[:, :, :, None] * gram[:, None]).sum(2) * error).sum((1, 2))
+        moved = sum(gram[:, i, i] for i in range(B.shape[1]))
+        seen = np.sqrt(np.maximum(wrong, 0.0) / moved) + changes.scatter[:again] + unseen[:again] / size
+        unseen[:again] = np.where(changes.seen & (moved > 0), seen, unseen[:again])
+        return unseen
+
+    def spent(self, past: Numbers, placed: Placement, defect: Numbers, numbers: int, safety: float, caution: float) -> Numbers:
+        r"""What steps cost, before and after each one of the window, `(3, W + 1, S)`, given their defects' norms, `(W, S)`.
+
+        The final sample, $E$; the certificate, $\sum_m ‖δ_m‖^2 / (2 C_m^2)$; and the part of $E$ that it leaves out. Estimated
+        defects are multiplied by `safety` for the samples' error, by `caution` for the law's. `past`: before the window,
+        `(3, S)`; `numbers`: $k D$.
+        """
+        known, cost = placed.of_step(self.information), placed.of_step(self._weights) * defect
+        cost *= safety / math.sqrt(numbers)
+        out = np.empty((3, len(defect) + 1, defect.shape[1]))
+        out[:, 0] = past
+        out[0, 1:] = cost
+        out[1, 1:] = known * np.square(caution * defect)
+        out[2, 1:] = np.where(known > 0, 0.0, cost)
+        sums = out[:, 1:].cumsum(1)
+        np.hypot(sums[::2], past[::2, None], out=out[::2, 1:])
+        np.add(sums[1], past[1], out=out[1, 1:])
+        return out
+
+    def accepted(self, error: Numbers, placed: Placement) -> Tensor:
+        """How many steps of each sample are finished, for $E$ after each, `(W, S)`; an estimate that is NaN accepts nothing."""
+        within = error <= placed.of_step(self._allowance)
+        within[0] = True
+        return torch.from_numpy(np.logical_and.accumulate(within).sum(0))
 
 
 def norm(values: Tensor) -> Tensor:
@@ -271,3 +224,9 @@ def norm(values: Tensor) -> Tensor:
 def rms(values: Tensor) -> Tensor:
     """Root mean square over components and coordinates of `(W, k, S, D)`, shape `(W, S)`."""
     return norm(values) / math.sqrt(values.shape[1] * values.shape[3])
+
+
+def on_host(values: Tensor) -> Numbers:
+    """As an array of float64."""
+    array: Numbers = values.cpu().double().numpy()
+    return array

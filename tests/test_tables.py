@@ -102,7 +102,7 @@ def by_definition(phi, jacobian, x):
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_a_sweep_is_its_recursion(monkeypatch, route, k, window, broadcast):
     monkeypatch.setattr(sweeping, "LOOP_FROM", 0 if route == "loop" else 10**9)
-    monkeypatch.setattr(sweeping, "LOOP_TO", 0)
+    monkeypatch.setattr(sweeping, "LOOP_TO", 1)
     S, D = 2, 3
     phi, x = draw(window, k, S, D), draw(window + 1, k, S, D, seed=1)
     jacobian = draw(window, k, k, *((1, 1) if broadcast else (S, D)), seed=2)
@@ -113,7 +113,7 @@ def test_a_sweep_is_its_recursion(monkeypatch, route, k, window, broadcast):
 def test_a_sweep_keeps_exact_states_to_the_last_bit(monkeypatch, route):
     # where the old states already are the sequential ones, the new ones are phi itself: no division, no 0 * inf
     monkeypatch.setattr(sweeping, "LOOP_FROM", 0 if route == "loop" else 10**9)
-    monkeypatch.setattr(sweeping, "LOOP_TO", 0)
+    monkeypatch.setattr(sweeping, "LOOP_TO", 1)
     jacobian = 10.0 ** draw(20, 1, 1, 1, 1)
     jacobian[[3, 7]] = 0
     phi = draw(20, 1, 2, 3)
@@ -125,7 +125,7 @@ def test_a_sweep_keeps_exact_states_to_the_last_bit(monkeypatch, route):
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_scan_is_its_recursion(monkeypatch, count, k):
     monkeypatch.setattr(sweeping, "LOOP_FROM", 10**9)
-    monkeypatch.setattr(sweeping, "LOOP_TO", 0)
+    monkeypatch.setattr(sweeping, "LOOP_TO", 1)
     jacobian, defect = draw(count - 1, k, k, 2, 3), draw(count, k, 2, 3, seed=1)
     expected = [defect[0]]
     for m in range(1, count):

@@ -1,8 +1,9 @@
-"""What a pipeline's loop decides by the value of its timestep, and what it draws.
+"""What a pipeline's loop decides by the value of its timestep, what of it the scheduler is given, and what the loop draws.
 
-The steps of a window are run together and have no one timestep, so Python can neither branch on it nor make a number of it, and
-random numbers drawn in a round would belong to it, not to a step. Both are seen in the source. What happens only under a
-condition of the pipeline's own (an option, an input) may never happen, and is said to be conditional.
+The steps of a window are run together and have no one timestep, so Python can neither branch on it nor make a number of it, the
+scheduler's table has no options that differ from step to step, and random numbers drawn in a round would belong to it, not to a
+step. All are seen in the source. What happens only under a condition of the pipeline's own (an option, an input) may never
+happen, and is said to be conditional.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ DRAWS = re.compile(
 OF_VALUES = re.compile(r"(torch|math|np|numpy)\.(?!is_).*|float|int|bool|min|max|abs|round|sum")
 """Functions whose value is made of their arguments' values; what methods of the pipeline make of them is not known."""
 
-NUMBERS = re.compile(r"float|int|bool|min|max|round")
+NUMBERS = re.compile(r"float|int|bool|min|max|round|range|torch\.(tensor|arange|full)|(math|np|numpy)\..*")
 """Those that need one value."""
 
-OF_KINDS = re.compile(r"shape|dtype|device|ndim|dim|size|numel|is_\w+")
+OF_KINDS = re.compile(r"shape|dtype|device|ndim|dim|size|numel|nelement|element_size|stride|layout|requires_grad|is_\w+")
 """Attributes and methods of a tensor that do not look at its values."""
 
 
@@ -81,6 +82,12 @@ class Part:
         """Names that do so in some places, or under some condition."""
         return self._spread(surely=False)
 
+    @cached_property
+    def generators(self) -> frozenset[str]:
+        """Names of generators of random numbers that are made here."""
+        made = (node for one in self.body for node in ast.walk(one) if isinstance(node, ast.Assign))
+        return frozenset[str]().union(*(_names(one.targets[0]) for one in made if "Generator(" in ast.unparse(one.value)))
+
     def _spread(self, surely: bool) -> frozenset[str]:
         found, before = self.given, None
         while found != before:
@@ -91,10 +98,17 @@ class Part:
     def _assigned(self, found: frozenset[str]) -> Iterator[tuple[frozenset[str], bool, bool]]:
         """Names that are assigned to, whether what is made of these names, and whether in any case."""
         for node, _, conditional in _walk(self.body, found | self.numbers):
-            if isinstance(node, ast.Assign):
-                for target in node.targets:
-                    if isinstance(target, ast.Name | ast.Tuple):
-                        yield _names(target), follows(node.value, found), not conditional
+            match node:
+                case ast.Assign(targets=targets, value=value):
+                    pass
+                case ast.AnnAssign(target=target, value=ast.expr() as value) | ast.NamedExpr(target=target, value=value):
+                    targets = [target]
+                case ast.AugAssign(target=target, op=op, value=other):
+                    targets, value = [target], ast.BinOp(target, op, other)
+                case _:
+                    continue
+            follow = follows(value, found)
+            yield from ((_names(one), follow, not conditional) for one in targets if isinstance(one, ast.Name | ast.Tuple))
 
 
 def decisions(part: Part) -> Iterator[Finding]:
@@ -111,23 +125,35 @@ def _needs(node: ast.AST, values: frozenset[str]) -> bool:
         case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) | ast.Assert(test=test):
             return follows(test, values)
         case ast.BoolOp(values=parts):
-            return any(follows(one, values) for one in parts)
+            return _any(parts, values)
         case ast.Call(func=ast.Attribute(value=value, attr="item" | "tolist" | "numpy")):
             return follows(value, values)
-        case ast.Call(func=ast.Name(id=name), args=arguments) if NUMBERS.fullmatch(name):
-            return any(follows(one, values) for one in arguments)
+        case ast.Call(func=function, args=arguments):
+            return NUMBERS.fullmatch(ast.unparse(function)) is not None and _any(arguments, values)
     return False
 
 
+def options(part: Part) -> Iterator[Finding]:
+    """What of the timestep a scheduler's step is given besides the timestep."""
+    for node, _, conditional in part.walk():
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("scheduler.step"):
+            for one in node.keywords:
+                if one.arg != "timestep" and follows(one.value, part.timesteps):
+                    yield Finding(part.place + ast.unparse(one), conditional)
+
+
 def draws(part: Part) -> Iterator[Finding]:
-    """Where random numbers are drawn, by other than the scheduler."""
+    """Where random numbers are drawn, by other than the scheduler, and not from a generator made anew in each round."""
     for node, text, conditional in part.walk():
         if isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func)):
-            yield Finding(text, conditional)
+            given = {ast.unparse(one.value) for one in node.keywords if one.arg == "generator"}
+            if given.isdisjoint(part.generators):
+                yield Finding(text, conditional)
 
 
-def _names(part: ast.AST) -> frozenset[str]:
-    return frozenset(node.id for node in ast.walk(part) if isinstance(node, ast.Name))
+def _names(target: ast.AST) -> frozenset[str]:
+    """Names that an assignment to a target binds."""
+    return frozenset(one.id for one in ast.walk(target) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
 
 
 def follows(value: ast.expr | None, names: frozenset[str]) -> bool:
@@ -171,7 +197,8 @@ def _walk(body: Sequence[ast.stmt], own: frozenset[str]) -> Iterator[tuple[ast.A
     left = False
 
     def settled(test: ast.AST) -> bool:
-        return isinstance(test, ast.expr) and follows(test, own) and not any(isinstance(one, ast.BoolOp) for one in ast.walk(test))
+        several = any(isinstance(one, ast.BoolOp) for one in ast.walk(test))
+        return not several and isinstance(test, ast.expr) and follows(test, own)
 
     def visit(node: ast.AST, text: str, conditional: bool) -> Iterator[tuple[ast.AST, str, bool]]:
         nonlocal left

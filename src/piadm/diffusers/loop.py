@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from piadm.diffusers.decisions import decisions, draws
+from piadm.diffusers.decisions import decisions, draws, options
 from piadm.diffusers.methods import Function, parts, source
 from piadm.diffusers.probing import UnsupportedError
 
@@ -60,12 +60,13 @@ class Guard:
         if all(map(self._spares, values)) or self.idle(pipe, options):
             return
         raise UnsupportedError(
-            f"`{self.argument}` is {given!r}: {type(pipe).__name__} then {self.effect}, but those of a window are run together; "
-            f"give `{self.argument}={self.harmless!r}`"
+            f"`{self.argument}` is {given!r}: {type(pipe).__name__} then {self.effect}, but those of a window are run "
+            f"together; give `{self.argument}={self.harmless!r}`"
         )
 
     def _spares(self, value: Any) -> bool:
-        return value is self.harmless or value == self.harmless or (self.or_less and value < self.harmless)
+        less = self.or_less and isinstance(value, int | float) and value < self.harmless
+        return less or value is self.harmless or bool(value == self.harmless)
 
 
 def _unguided(pipe: Any, options: Mapping[str, Any]) -> bool:
@@ -89,7 +90,13 @@ GUARDS = (
         1.0,
         or_less=True,
         idle=_unguided,
-        effect="draws random numbers at each of its steps",
+        effect="draws random numbers of its own at every step",
+    ),
+    Guard(
+        r"\bstore_processor\.attention_probs",
+        "sag_scale",
+        0.0,
+        effect="looks, at every step, at what its network kept of that step alone",
     ),
 )
 
@@ -131,15 +138,17 @@ def _unfollowed(pipeline: type, method: Function, loop: ast.For) -> Iterator[Gua
     because = {
         decisions: "decides something by the value of its timestep, `{}`: the steps of a window are run together and have no "
         "one value",
+        options: "gives `scheduler.step` an option that differs from step to step, `{}`: the steps of a window are run "
+        "together, by a table that tells them apart by their timesteps",
         draws: "draws random numbers, `{}`: they would depend on the window, not on the step; draw them before the loop",
     }
     every = list(parts(pipeline, method, loop, _numbers(loop)))
     for look, reason in because.items():
         for finding in (one for part in every for one in look(part)):
-            found = [guard for guard in GUARDS if re.search(guard.pattern, finding.text)]
-            yield from found
-            if not found and not finding.conditional:
+            if not finding.conditional and not any(re.search(guard.pattern, finding.text) for guard in GUARDS):
                 raise UnsupportedError(f"`pipe` is a {pipeline.__name__}, whose loop {reason.format(_short(finding.text))}")
+    texts = {text for part in every for _, text, _ in part.walk()}
+    yield from (guard for guard in GUARDS if any(re.search(guard.pattern, text) for text in texts))
 
 
 def mentioned(pipeline: type) -> set[str]:

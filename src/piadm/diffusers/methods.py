@@ -50,7 +50,7 @@ def _called(pipeline: type, caller: Function, part: Part) -> Iterator[tuple[Func
         match node.func:
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
                 found = inspect.getattr_static(pipeline, name, None)
-            case ast.Name(id=name):
+            case ast.Name(id=name) if name not in caller.__code__.co_varnames:
                 found = caller.__globals__.get(name)
                 found = found if getattr(found, "__module__", None) == caller.__module__ else None
             case _:

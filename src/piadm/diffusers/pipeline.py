@@ -176,8 +176,8 @@ class Parallelized:
     def _in_parallel(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         pipe, name = self.pipe, type(self.pipe).__name__
         named = _named(bound)
-        takes = inspect.signature(pipe.scheduler.step).parameters
-        expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
+        takes = named.keys() & inspect.signature(pipe.scheduler.step).parameters
+        expected = {one: named[one] for one in takes if one in ("eta", "use_clipped_model_output")}
         generator = named.get("generator")
         slices = Slices(self.settings.max_memory, self._costs, self._found, self.settings.ranks)
         known = self._tables, self._checked, self._separate, self._entangled

@@ -1,4 +1,4 @@
-"""What a pipeline's loop calls of the pipeline's own is read before any work: the rules one by one, then diffusers' pipelines."""
+"""What a pipeline's loop calls of the pipeline's own is read before any work: each rule, then pipelines of diffusers."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_adaptive_attention_guidance_is_refused_before_any_work():
         with pytest.raises(UnsupportedError, match=rf"`pag_adaptive_scale` is {value}: .*give `pag_adaptive_scale=0\.0`"):
             fast(**PICTURE, pag_adaptive_scale=value)
     assert calls == []
-    fast(**PICTURE, pag_scale=0.0)
+    fast(**PICTURE, pag_scale=0.0, pag_adaptive_scale=0.5)  # which scales nothing
     assert calls
 
 

@@ -12,7 +12,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 DRAWS = re.compile(
     r"randn_tensor|(np|numpy|random|torch)\.(.*\.)?(randn|rand|randint|randperm|normal|uniform|choice)(_like)?"
@@ -28,14 +28,6 @@ NUMBERS = re.compile(r"float|int|bool|min|max|round|range|torch\.(tensor|arange|
 
 OF_KINDS = re.compile(r"shape|dtype|device|ndim|dim|size|numel|nelement|element_size|stride|layout|requires_grad|is_\w+")
 """Attributes and methods of a tensor that do not look at its values."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A statement, or the head of one, that lanes cannot follow; `conditional`: whether it may never happen."""
-
-    text: str
-    conditional: bool
 
 
 @dataclass(frozen=True)
@@ -64,23 +56,24 @@ class Part:
             target = target.elts[-1]
         return cls(loop.body, frozenset() if called.startswith("range(") else _names(target) - counted, counted)
 
-    def walk(self) -> Iterator[tuple[ast.AST, str, bool]]:
-        """Its nodes, the statement that each is part of, and whether it may never be run."""
-        for node, text, conditional in _walk(self.body, self.timesteps | self.numbers):
-            yield node, self.place + text, self.conditional or conditional
+    @cached_property
+    def nodes(self) -> tuple[tuple[ast.AST, str, bool], ...]:
+        """Its nodes, each with the text of the statement that it is part of, and whether it may never be run."""
+        text = cache(lambda whole: self.place + " ".join(ast.unparse(whole).split()))
+        found = _walk(self.body, self.timesteps | self.numbers)
+        return tuple((node, text(whole), self.conditional or conditional) for node, whole, conditional in found)
 
     @cached_property
     def timesteps(self) -> frozenset[str]:
         """Names that hold the loop's timestep, or something made of its value, wherever they are read."""
-        found, before = self._spread(surely=True), None
+        found, before = self.given, None
+        while found != before:
+            before, assigned = found, self._assigned(found)
+            found = found | {name for names, follow, conditional in assigned if follow and not conditional for name in names}
+        before = None
         while found != before:
             before, found = found, found - {name for names, follow, _ in self._assigned(found) if not follow for name in names}
         return found
-
-    @cached_property
-    def perhaps(self) -> frozenset[str]:
-        """Names that do so in some places, or under some condition."""
-        return self._spread(surely=False)
 
     @cached_property
     def generators(self) -> frozenset[str]:
@@ -88,15 +81,8 @@ class Part:
         made = (node for one in self.body for node in ast.walk(one) if isinstance(node, ast.Assign))
         return frozenset[str]().union(*(_names(one.targets[0]) for one in made if "Generator(" in ast.unparse(one.value)))
 
-    def _spread(self, surely: bool) -> frozenset[str]:
-        found, before = self.given, None
-        while found != before:
-            before, assigned = found, self._assigned(found)
-            found = found | {name for names, follow, sure in assigned if follow and (sure or not surely) for name in names}
-        return found
-
     def _assigned(self, found: frozenset[str]) -> Iterator[tuple[frozenset[str], bool, bool]]:
-        """Names that are assigned to, whether what is made of these names, and whether in any case."""
+        """Names that are assigned to, whether what is made of these names, and whether that may never be run."""
         for node, _, conditional in _walk(self.body, found | self.numbers):
             match node:
                 case ast.Assign(targets=targets, value=value):
@@ -108,24 +94,22 @@ class Part:
                 case _:
                     continue
             follow = follows(value, found)
-            yield from ((_names(one), follow, not conditional) for one in targets if isinstance(one, ast.Name | ast.Tuple))
+            yield from ((_names(one), follow, conditional) for one in targets if isinstance(one, ast.Name | ast.Tuple))
 
 
-def decisions(part: Part) -> Iterator[Finding]:
-    """Where the value of the timestep is needed."""
-    for node, text, conditional in part.walk():
-        if _needs(node, part.perhaps):
-            # what stands first in `a or b` is looked at, the rest if need be
-            later = isinstance(node, ast.BoolOp) and not follows(node.values[0], part.timesteps)
-            yield Finding(text, conditional or later or not _needs(node, part.timesteps))
+def decisions(part: Part) -> Iterator[str]:
+    """Statements that always need the value of the timestep."""
+    for node, text, conditional in part.nodes:
+        if not conditional and _needs(node, part.timesteps):
+            yield text
 
 
 def _needs(node: ast.AST, values: frozenset[str]) -> bool:
     match node:
         case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) | ast.Assert(test=test):
             return follows(test, values)
-        case ast.BoolOp(values=parts):
-            return _any(parts, values)
+        case ast.BoolOp(values=[first, *_]):
+            return follows(first, values)  # the rest is looked at if need be
         case ast.Call(func=ast.Attribute(value=value, attr="item" | "tolist" | "numpy")):
             return follows(value, values)
         case ast.Call(func=function, args=arguments):
@@ -133,22 +117,21 @@ def _needs(node: ast.AST, values: frozenset[str]) -> bool:
     return False
 
 
-def options(part: Part) -> Iterator[Finding]:
-    """What of the timestep a scheduler's step is given besides the timestep."""
-    for node, _, conditional in part.walk():
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("scheduler.step"):
-            for one in node.keywords:
-                if one.arg != "timestep" and follows(one.value, part.timesteps):
-                    yield Finding(part.place + ast.unparse(one), conditional)
+def options(part: Part) -> Iterator[str]:
+    """What a scheduler's step is always given of the timestep besides the timestep."""
+    for node, _, conditional in part.nodes:
+        if not conditional and isinstance(node, ast.Call) and ast.unparse(node.func).endswith("scheduler.step"):
+            given = (one for one in node.keywords if one.arg != "timestep" and follows(one.value, part.timesteps))
+            yield from (part.place + ast.unparse(one) for one in given)
 
 
-def draws(part: Part) -> Iterator[Finding]:
-    """Where random numbers are drawn, by other than the scheduler, and not from a generator made anew in each round."""
-    for node, text, conditional in part.walk():
-        if isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func)):
+def draws(part: Part) -> Iterator[str]:
+    """Statements that always draw random numbers, not through the scheduler, nor from a generator made anew in each round."""
+    for node, text, conditional in part.nodes:
+        if not conditional and isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func)):
             given = {ast.unparse(one.value) for one in node.keywords if one.arg == "generator"}
             if given.isdisjoint(part.generators):
-                yield Finding(text, conditional)
+                yield text
 
 
 def _names(target: ast.AST) -> frozenset[str]:
@@ -188,8 +171,8 @@ def _any(parts: list[ast.expr], names: frozenset[str]) -> bool:
     return any(follows(one, names) for one in parts)
 
 
-def _walk(body: Sequence[ast.stmt], own: frozenset[str]) -> Iterator[tuple[ast.AST, str, bool]]:
-    """The nodes of some statements, the statement that each is part of, and whether it may never be run.
+def _walk(body: Sequence[ast.stmt], own: frozenset[str]) -> Iterator[tuple[ast.AST, ast.AST, bool]]:
+    """The nodes of some statements, the statement or the head of one that each is part of, and whether it may never be run.
 
     A condition on the value of the loop's `own` counters is met at some step. What comes after a `return` that may be met, as
     some condition has led there, may never be run.
@@ -200,21 +183,21 @@ def _walk(body: Sequence[ast.stmt], own: frozenset[str]) -> Iterator[tuple[ast.A
         several = any(isinstance(one, ast.BoolOp) for one in ast.walk(test))
         return not several and isinstance(test, ast.expr) and follows(test, own)
 
-    def visit(node: ast.AST, text: str, conditional: bool) -> Iterator[tuple[ast.AST, str, bool]]:
+    def visit(node: ast.AST, whole: ast.AST, conditional: bool) -> Iterator[tuple[ast.AST, ast.AST, bool]]:
         nonlocal left
         before = left
         match node:
             case ast.If(test=head) | ast.While(test=head) | ast.For(iter=head):
-                text = " ".join(ast.unparse(head).split())
+                whole = head
             case ast.stmt() if not isinstance(node, ast.With | ast.Try | ast.FunctionDef):
-                text = " ".join(ast.unparse(node).split())
-        yield node, text, conditional or left
+                whole = node
+        yield node, whole, conditional or left
         for child, conditions in _children(node):
-            yield from visit(child, text, conditional or not all(map(settled, conditions)))
+            yield from visit(child, whole, conditional or not all(map(settled, conditions)))
         left = isinstance(node, ast.Return) or (left if not isinstance(node, ast.FunctionDef) else before)
 
     for statement in body:
-        yield from visit(statement, "", False)
+        yield from visit(statement, statement, False)
 
 
 def _children(node: ast.AST) -> Iterator[tuple[ast.AST, Sequence[ast.AST]]]:

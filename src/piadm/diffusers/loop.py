@@ -83,7 +83,13 @@ GUARDS = (
     Guard(r"i < int\(num_inference_steps \* adapter_conditioning_factor\)", "adapter_conditioning_factor", 1.0),
     Guard(r"_guidance_scale = .*t\.item\(\)", "use_dynamic_cfg", False),
     Guard(r"boundary_timestep is None or t >= boundary_timestep", "boundary_ratio", None),
-    Guard(r"_get_pag_scale: signal_scale < 0", "pag_adaptive_scale", 0.0, or_less=True),
+    Guard(
+        r"_get_pag_scale: signal_scale < 0",
+        "pag_adaptive_scale",
+        0.0,
+        or_less=True,
+        idle=lambda pipe, options: options.get("pag_scale") == 0,
+    ),
     Guard(
         r"_get_noise_pred: (img_vae|img_clip|text)_T = randn_tensor",
         "guidance_scale",
@@ -96,6 +102,7 @@ GUARDS = (
         r"\bstore_processor\.attention_probs",
         "sag_scale",
         0.0,
+        or_less=True,
         effect="looks, at every step, at what its network kept of that step alone",
     ),
 )
@@ -144,10 +151,10 @@ def _unfollowed(pipeline: type, method: Function, loop: ast.For) -> Iterator[Gua
     }
     every = list(parts(pipeline, method, loop, _numbers(loop)))
     for look, reason in because.items():
-        for finding in (one for part in every for one in look(part)):
-            if not finding.conditional and not any(re.search(guard.pattern, finding.text) for guard in GUARDS):
-                raise UnsupportedError(f"`pipe` is a {pipeline.__name__}, whose loop {reason.format(_short(finding.text))}")
-    texts = {text for part in every for _, text, _ in part.walk()}
+        for text in (one for part in every for one in look(part)):
+            if not any(re.search(guard.pattern, text) for guard in GUARDS):
+                raise UnsupportedError(f"`pipe` is a {pipeline.__name__}, whose loop {reason.format(_short(text))}")
+    texts = {text for part in every for _, text, _ in part.nodes}
     yield from (guard for guard in GUARDS if any(re.search(guard.pattern, text) for text in texts))
 
 

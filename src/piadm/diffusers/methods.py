@@ -44,7 +44,7 @@ def parts(pipeline: type, caller: Function, loop: ast.For, numbers: Iterable[str
 
 def _called(pipeline: type, caller: Function, part: Part) -> Iterator[tuple[Function, frozenset[str], bool]]:
     """Functions that a part calls, their parameters that are given the timestep, and whether it may never call them."""
-    for node, _, conditional in part.walk():
+    for node, _, conditional in part.nodes:
         if not isinstance(node, ast.Call):
             continue
         match node.func:

@@ -82,6 +82,22 @@ def noise(shape, generator):
     return torch.randn(shape, generator=generator)
 
 
+def draws_after_a_definition(self, output, level, generator, **options):
+    def scaled(values):
+        return 0.1 * values
+
+    return output + scaled(torch.randn(output.shape, generator=generator))
+
+
+def decides_either_way(self, output, level, late, **options):
+    if late:
+        scale = float(level)
+    else:
+        scale = level.item()
+        scale = 2 * scale
+    return scale * output
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -93,6 +109,8 @@ def noise(shape, generator):
         (asks_a_function, r"decides something .* `weighed: return output if bool\(early\) else 0\.5 \* output`"),
         (asks_a_static_method, r"decides something .* `weight: return max\(level, 0\.5\)`"),
         (draws, r"draws random numbers, `draws: return output \+ 0\.1 \* torch\.randn"),
+        (decides_either_way, r"decides something .* `decides_either_way: scale = float\(level\)`"),
+        (draws_after_a_definition, r"draws random numbers, `draws_after_a_definition: return output \+ scaled"),
         (draws_elsewhere, r"draws random numbers, `noise: return torch\.randn"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
@@ -111,8 +129,10 @@ def test_what_a_method_does_at_certain_steps_or_draws_is_refused_at_once(changed
 def asks_of_what_kind_it_is(self, output, level, **options):
     if not torch.is_tensor(level):
         level = torch.tensor([level])
-    elif level.ndim == 0 and level.dtype.is_floating_point and not level.requires_grad:
+    elif level.ndim == 0 and level.dtype.is_floating_point:
         level = level[None]
+    if level.requires_grad or level.shape[0] != 1:
+        raise ValueError
     assert len(level.shape) == 1
     return output * torch.where(level < 0.5, 0.5, 1.0)
 
@@ -132,11 +152,23 @@ def draws_if_asked(self, output, level, late=None, generator=None):
     return output + 0.1 * torch.randn(output.shape, generator=generator)
 
 
+def asks_for_draws_if_asked(self, output, level, late=None, generator=None):
+    return output + noise(output.shape, generator) if late else output
+
+
 def decides_if_asked(self, output, level, late=None, generator=None):
     match late:
         case True:
             return output if level > 0.5 else 0.5 * output
     return output
+
+
+def decides_either_way_if_asked(self, output, level, late=None, **options):
+    if late is None:
+        return output
+    if late:
+        return output if level > 0.5 else 0.5 * output
+    return 2 * output
 
 
 def draws_the_same_again(self, output, level, **options):
@@ -155,7 +187,9 @@ ACCEPTED = [
     asks_of_what_kind_it_is,
     decides_by_something_else,
     draws_if_asked,
+    asks_for_draws_if_asked,
     decides_if_asked,
+    decides_either_way_if_asked,
     draws_the_same_again,
     defines_what_would_draw,
 ]
@@ -171,7 +205,7 @@ def test_a_method_that_does_no_such_thing_runs_in_parallel(changed):
     assert fast.last_result.evaluations > 8  # in lanes
 
 
-@pytest.mark.parametrize("changed", [draws_if_asked, decides_if_asked, defines_what_would_draw], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("changed", ACCEPTED[2:6] + ACCEPTED[-1:], ids=lambda one: one.__name__)
 def test_what_only_an_option_leads_to_in_a_method_is_refused_when_it_is_met(changed):
     with pytest.raises(UnsupportedError, match=r"random numbers were drawn|decides something by the value"):
         parallelize(made(changed), window=4)(torch.zeros(1, 4), generator=seeded(), late=True)

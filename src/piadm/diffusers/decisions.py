@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 DRAWS = re.compile(
@@ -99,12 +99,25 @@ class Part:
 
 def decisions(part: Part) -> Iterator[str]:
     """Statements that always need the value of the timestep."""
+    return _always(part, _needs)
+
+
+def _always(part: Part, meant: Callable[[ast.AST, Part], bool]) -> Iterator[str]:
+    """Statements with a node that is meant, which are run whatever the conditions are; one for both arms of an `if`."""
     for node, text, conditional in part.nodes:
-        if not conditional and _needs(node, part.timesteps):
+        if conditional:
+            continue
+        if meant(node, part):
             yield text
+        elif isinstance(node, ast.If):
+            arms = (replace(part, body=arm, given=part.timesteps, conditional=False) for arm in (node.body, node.orelse))
+            one, other = (next(_always(arm, meant), None) for arm in arms)
+            if one is not None and other is not None:
+                yield one
 
 
-def _needs(node: ast.AST, values: frozenset[str]) -> bool:
+def _needs(node: ast.AST, part: Part) -> bool:
+    values = part.timesteps
     match node:
         case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) | ast.Assert(test=test):
             return follows(test, values)
@@ -127,11 +140,13 @@ def options(part: Part) -> Iterator[str]:
 
 def draws(part: Part) -> Iterator[str]:
     """Statements that always draw random numbers, not through the scheduler, nor from a generator made anew in each round."""
-    for node, text, conditional in part.nodes:
-        if not conditional and isinstance(node, ast.Call) and DRAWS.fullmatch(ast.unparse(node.func)):
-            given = {ast.unparse(one.value) for one in node.keywords if one.arg == "generator"}
-            if given.isdisjoint(part.generators):
-                yield text
+    return _always(part, _drawn)
+
+
+def _drawn(node: ast.AST, part: Part) -> bool:
+    if not isinstance(node, ast.Call) or not DRAWS.fullmatch(ast.unparse(node.func)):
+        return False
+    return part.generators.isdisjoint(ast.unparse(one.value) for one in node.keywords if one.arg == "generator")
 
 
 def _names(target: ast.AST) -> frozenset[str]:

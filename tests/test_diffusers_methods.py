@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -271,6 +272,28 @@ def test_guidance_that_draws_in_a_method_is_refused_before_any_work(options):
     assert calls == []
     alone = pipe(**common, guidance_scale=0.5, generator=seeded()).images
     assert rms(fast(**common, guidance_scale=0.5, generator=seeded()).images - alone) < 1e-4
+
+
+def test_a_network_that_a_method_calls_is_refused_in_training_mode_before_any_work():
+    pipe = tiny.unidiffuser()
+    calls = worked(pipe)
+    for module in pipe.unet.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    with pytest.raises(UnsupportedError, match=r"Dropout that draws random numbers.*call pipe\.unet\.eval"):
+        parallelize(pipe, window=4)
+    assert calls == []
+
+
+def test_noise_around_an_inpainted_grounding_is_refused_before_any_work():
+    own = tiny.stable_diffusion().components
+    more = {"processor": None, "image_encoder": None, "image_project": None, "safety_checker": None, "feature_extractor": None}
+    named = {name: own[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    pipe = diffusers.StableDiffusionGLIGENTextImagePipeline(**named, **more, requires_safety_checker=False)
+    calls, fast = worked(pipe), parallelize(pipe, window=4)
+    with pytest.raises(UnsupportedError, match=r"`gligen_inpaint_image` is array.*give `gligen_inpaint_image=None`"):
+        fast(**PICTURE, gligen_inpaint_image=np.zeros((16, 16, 3)))
+    assert calls == []
 
 
 def test_a_mode_that_does_not_guide_needs_no_option():

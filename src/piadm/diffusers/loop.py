@@ -59,14 +59,16 @@ class Guard:
         values = given if isinstance(given, list | tuple) and given else [given]
         if all(map(self._spares, values)) or self.idle(pipe, options):
             return
+        shown = _short(" ".join(repr(given).split()))
         raise UnsupportedError(
-            f"`{self.argument}` is {given!r}: {type(pipe).__name__} then {self.effect}, but those of a window are run "
-            f"together; give `{self.argument}={self.harmless!r}`"
+            f"`{self.argument}` is {shown}: {type(pipe).__name__} then {self.effect}, but those of a window are run together; "
+            f"give `{self.argument}={self.harmless!r}`"
         )
 
     def _spares(self, value: Any) -> bool:
-        less = self.or_less and isinstance(value, int | float) and value < self.harmless
-        return less or value is self.harmless or bool(value == self.harmless)
+        if value is None or self.harmless is None:
+            return value is self.harmless
+        return bool(value == self.harmless) or (self.or_less and bool(value < self.harmless))
 
 
 def _unguided(pipe: Any, options: Mapping[str, Any]) -> bool:
@@ -96,6 +98,12 @@ GUARDS = (
         1.0,
         or_less=True,
         idle=_unguided,
+        effect="draws random numbers of its own at every step",
+    ),
+    Guard(
+        r"gligen_inpaint_latent_with_noise = .*randn_like",
+        "gligen_inpaint_image",
+        None,
         effect="draws random numbers of its own at every step",
     ),
     Guard(
@@ -159,11 +167,12 @@ def _unfollowed(pipeline: type, method: Function, loop: ast.For) -> Iterator[Gua
 
 
 def mentioned(pipeline: type) -> set[str]:
-    """Attributes of a pipeline that its loops mention, the networks they call among them."""
+    """Attributes of a pipeline that its loops and what they call mention, their networks among them."""
     return {
         node.attr
-        for _, loop in _loops(pipeline)
-        for node in ast.walk(loop)
+        for method, loop in _loops(pipeline)
+        for part in parts(pipeline, method, loop, _numbers(loop))
+        for node, _, _ in part.nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     }
 

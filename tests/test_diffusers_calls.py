@@ -438,7 +438,7 @@ class DecidingIfAsked(tiny.PolicyPipeline):
 def test_a_loop_that_decides_by_the_timestep_is_refused_at_once():
     policy = tiny.policy()
     pipe = Deciding(policy.unet, policy.scheduler)
-    with pytest.raises(UnsupportedError, match=r"decides something by the value of its timestep, `kept = .*level > 0\.5"):
+    with pytest.raises(UnsupportedError, match=r"needs the value of its timestep, `kept = .*level > 0\.5"):
         parallelize(pipe)
     one = parallelize(pipe, window=1)(torch.zeros(1, 4), generator=seeded())  # the pipeline itself
     assert torch.equal(one[0], pipe(torch.zeros(1, 4), generator=seeded())[0])

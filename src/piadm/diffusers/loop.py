@@ -120,8 +120,9 @@ def check_loop(pipeline: type) -> list[Guard]:
     """Reads a pipeline's class; returns the options that its configuration and the arguments of its calls must leave alone.
 
     Raises:
-        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow, decides by
-            its timestep's value, or draws random numbers.
+        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow, or if it, or
+            what it calls of the pipeline's own, needs its timestep's value, gives the scheduler an option made of the timestep,
+            or draws random numbers.
     """
     guards: list[Guard] = []
     loops = list(_loops(pipeline))
@@ -149,10 +150,9 @@ def check_loop(pipeline: type) -> list[Guard]:
 
 
 def _unfollowed(pipeline: type, method: Function, loop: ast.For) -> Iterator[Guard]:
-    """Options that keep a loop from what its timestep's value decides; what no option keeps it from is refused."""
+    """Options that keep a loop from what lanes cannot follow; what no option keeps it from is refused."""
     because = {
-        decisions: "decides something by the value of its timestep, `{}`: the steps of a window are run together and have no "
-        "one value",
+        decisions: "needs the value of its timestep, `{}`: the steps of a window are run together and have no one value",
         options: "gives `scheduler.step` an option that differs from step to step, `{}`: the steps of a window are run "
         "together, by a table that tells them apart by their timesteps",
         draws: "draws random numbers, `{}`: they would depend on the window, not on the step; draw them before the loop",

@@ -120,8 +120,8 @@ def check_loop(pipeline: type) -> list[Guard]:
     """Reads a pipeline's class; returns the options that its configuration and the arguments of its calls must leave alone.
 
     Raises:
-        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow, or if it, or
-            what it calls of the pipeline's own, needs its timestep's value, gives the scheduler an option made of the timestep,
+        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow, or if it or
+            what it calls of the pipeline's own needs its timestep's value, gives the scheduler an option made of the timestep,
             or draws random numbers.
     """
     guards: list[Guard] = []

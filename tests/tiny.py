@@ -128,6 +128,63 @@ def stable_diffusion(cls: Any = None, in_channels: int = 4, **more: Any) -> Any:
     )
 
 
+def unidiffuser() -> Any:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        projection_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    decoder = seeded(
+        lambda: diffusers.UniDiffuserTextDecoder(
+            prefix_length=16,
+            prefix_inner_dim=32,
+            prefix_hidden_dim=32,
+            vocab_size=32,
+            n_positions=128,
+            n_embd=32,
+            n_layer=1,
+            n_head=4,
+        )
+    )
+    unet = seeded(
+        lambda: diffusers.UniDiffuserModel(
+            text_dim=32,
+            clip_img_dim=32,
+            num_text_tokens=16,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+            norm_type="unidi",
+            norm_num_groups=4,
+            activation_fn="gelu",
+        )
+    )
+    return quiet(
+        diffusers.UniDiffuserPipeline(
+            vae=vae(),
+            text_encoder=clip_text(),
+            image_encoder=seeded(lambda: CLIPVisionModelWithProjection(vision)),
+            clip_image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16),
+            clip_tokenizer=fast_tokenizer(),
+            text_decoder=decoder,
+            text_tokenizer=fast_tokenizer(),
+            unet=unet,
+            scheduler=ddim(),
+        )
+    )
+
+
 def controlnet() -> Any:
     net = seeded(
         lambda: diffusers.ControlNetModel(

@@ -3,7 +3,8 @@
 Lanes run the body of a pipeline's loop once a round for all steps of the window, so nothing in it may depend on the number of
 the step other than through the timestep. The number is an integer of Python's, which no tensor can stand in for; so the
 source is read. Counting for progress bars and callbacks is harmless, other uses are not. In the same reading decisions by the
-timestep's value, and draws of random numbers, are found (`piadm.diffusers.decisions`).
+timestep's value, and draws of random numbers, are found (`piadm.diffusers.decisions`), also in what the loop calls of the
+pipeline's own (`piadm.diffusers.methods`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from piadm.diffusers.decisions import decisions, draws
+from piadm.diffusers.decisions import decisions, draws, options
+from piadm.diffusers.methods import Function, parts, source
 from piadm.diffusers.probing import UnsupportedError
 
 HARMLESS = (
@@ -34,43 +35,94 @@ HARMLESS = (
 
 @dataclass(frozen=True)
 class Guard:
-    """Something that is harmless while an option, of the pipeline's call or of its configuration, has one of these values."""
+    """Something that is harmless while an option, of the pipeline's call or of its configuration, has a certain value.
+
+    Attributes:
+        pattern: What it looks like, in the loop or, after the name of a method and a colon, there.
+        argument: The option.
+        harmless: Its value.
+        or_less: Whether lesser values are harmless, too.
+        idle: Whether it never happens in a call of the pipeline with these options, whatever this one is.
+        effect: What happens else.
+    """
 
     pattern: str
     argument: str
-    harmless: tuple[Any, ...]
+    harmless: Any
+    or_less: bool = False
+    idle: Callable[[Any, Mapping[str, Any]], bool] = lambda pipe, options: False
+    effect: str = "does something at certain steps and not at others"
 
-    def check(self, options: Mapping[str, Any], name: str) -> None:
+    def check(self, pipe: Any, options: Mapping[str, Any]) -> None:
         """Raises `UnsupportedError` if the option has another value."""
-        given = options.get(self.argument, self.harmless[0])
-        for value in given if isinstance(given, list | tuple) and given else [given]:
-            if not any(value is one or value == one for one in self.harmless):
-                raise UnsupportedError(
-                    f"`{self.argument}` is {given!r}: {name} then does something at certain steps and not at others, but those "
-                    f"of a window are run together; leave it at {self.harmless[0]!r}"
-                )
+        given = options.get(self.argument, self.harmless)
+        values = given if isinstance(given, list | tuple) and given else [given]
+        if all(map(self._spares, values)) or self.idle(pipe, options):
+            return
+        shown = _short(" ".join(repr(given).split()))
+        raise UnsupportedError(
+            f"`{self.argument}` is {shown}: {type(pipe).__name__} then {self.effect}, but those of a window are run together; "
+            f"give `{self.argument}={self.harmless!r}`"
+        )
+
+    def _spares(self, value: Any) -> bool:
+        if value is None or self.harmless is None:
+            return value is self.harmless
+        return bool(value == self.harmless) or (self.or_less and bool(value < self.harmless))
+
+
+def _unguided(pipe: Any, options: Mapping[str, Any]) -> bool:
+    """Whether UniDiffuser makes an image or a text of nothing, of which there is no guidance."""
+    names = inspect.signature(pipe._infer_mode).parameters
+    return pipe._infer_mode(**{name: options.get(name) for name in names}) in ("img", "text")
 
 
 GUARDS = (
-    Guard(r"controlnet_keep\[i\]", "control_guidance_start", (0.0,)),
-    Guard(r"controlnet_keep\[i\]", "control_guidance_end", (1.0,)),
-    Guard(r"should_skip_layers = .*", "skip_guidance_layers", (None,)),
-    Guard(r"do_classifier_free_truncation = .*", "cfg_trunc_ratio", (1.0,)),
-    Guard(r"i < int\(num_inference_steps \* adapter_conditioning_factor\)", "adapter_conditioning_factor", (1.0,)),
-    Guard(r"_guidance_scale = .*t\.item\(\)", "use_dynamic_cfg", (False,)),
-    Guard(r"boundary_timestep is None or t >= boundary_timestep", "boundary_ratio", (None,)),
+    Guard(r"controlnet_keep\[i\]", "control_guidance_start", 0.0),
+    Guard(r"controlnet_keep\[i\]", "control_guidance_end", 1.0),
+    Guard(r"should_skip_layers = .*", "skip_guidance_layers", None),
+    Guard(r"do_classifier_free_truncation = .*", "cfg_trunc_ratio", 1.0),
+    Guard(r"i < int\(num_inference_steps \* adapter_conditioning_factor\)", "adapter_conditioning_factor", 1.0),
+    Guard(r"_guidance_scale = .*t\.item\(\)", "use_dynamic_cfg", False),
+    Guard(r"boundary_timestep is None or t >= boundary_timestep", "boundary_ratio", None),
+    Guard(
+        r"_get_pag_scale: signal_scale < 0",
+        "pag_adaptive_scale",
+        0.0,
+        or_less=True,
+        idle=lambda pipe, options: options.get("pag_scale") == 0,
+    ),
+    Guard(
+        r"_get_noise_pred: (img_vae|img_clip|text)_T = randn_tensor",
+        "guidance_scale",
+        1.0,
+        or_less=True,
+        idle=_unguided,
+        effect="draws random numbers of its own at every step",
+    ),
+    Guard(
+        r"gligen_inpaint_latent_with_noise = .*randn_like",
+        "gligen_inpaint_image",
+        None,
+        effect="draws random numbers of its own at every step",
+    ),
+    Guard(
+        r"\bstore_processor\.attention_probs",
+        "sag_scale",
+        0.0,
+        or_less=True,
+        effect="looks, at every step, at what its network kept of that step alone",
+    ),
 )
-
-IN_METHODS = (Guard(r"self\._(get_pag_scale|apply_perturbed_attention_guidance)\(", "pag_adaptive_scale", (0.0,)),)
-"""Likewise, for methods that decide by the timestep they are given, where a loop calls them."""
 
 
 def check_loop(pipeline: type) -> list[Guard]:
     """Reads a pipeline's class; returns the options that its configuration and the arguments of its calls must leave alone.
 
     Raises:
-        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow, decides by
-            its timestep's value, or draws random numbers.
+        UnsupportedError: if a loop that steps the scheduler uses its step number in a way that lanes cannot follow, or if it or
+            what it calls of the pipeline's own needs its timestep's value, gives the scheduler an option made of the timestep,
+            or draws random numbers.
     """
     guards: list[Guard] = []
     loops = list(_loops(pipeline))
@@ -79,7 +131,7 @@ def check_loop(pipeline: type) -> list[Guard]:
             f"`pipe` is a {pipeline.__name__}, in whose source no `for` loop with `scheduler.step(` is found: whether its "
             "steps depend on more than the timestep cannot be told; step the scheduler in a loop over its timesteps, in a file"
         )
-    for loop, number in ((each, number) for each in loops for number in _numbers(each)):
+    for loop, number in ((each, number) for _, each in loops for number in _numbers(each)):
         for text in _uses(loop, number):
             found = [guard for guard in GUARDS if re.search(guard.pattern, text)]
             guards += found
@@ -91,35 +143,36 @@ def check_loop(pipeline: type) -> list[Guard]:
                     f"`pipe` is a {pipeline.__name__}, whose loop uses the number of the step, `{_short(text)}`: the steps of "
                     "a window are run together, so only the timestep may tell them apart"
                 )
-    for loop in loops:
-        guards += [guard for guard in IN_METHODS if re.search(guard.pattern, ast.unparse(loop))]
+    for method, loop in loops:
         if not any(inner is not loop for inner in _within(loop)):
-            guards += _unfollowed(pipeline, loop)
-    return guards
+            guards += _unfollowed(pipeline, method, loop)
+    return list(dict.fromkeys(guards))
 
 
-def _unfollowed(pipeline: type, loop: ast.For) -> Iterator[Guard]:
-    """Options that keep a loop from what its timestep's value decides; what no option keeps it from is refused."""
-    numbers = set(_numbers(loop))
+def _unfollowed(pipeline: type, method: Function, loop: ast.For) -> Iterator[Guard]:
+    """Options that keep a loop from what lanes cannot follow; what no option keeps it from is refused."""
     because = {
-        decisions: "decides something by the value of its timestep, `{}`: the steps of a window are run together and have no "
-        "one value",
+        decisions: "needs the value of its timestep, `{}`: the steps of a window are run together and have no one value",
+        options: "gives `scheduler.step` an option that differs from step to step, `{}`: the steps of a window are run "
+        "together, by a table that tells them apart by their timesteps",
         draws: "draws random numbers, `{}`: they would depend on the window, not on the step; draw them before the loop",
     }
+    every = list(parts(pipeline, method, loop, _numbers(loop)))
     for look, reason in because.items():
-        for finding in look(loop, numbers):
-            found = [guard for guard in GUARDS if re.search(guard.pattern, finding.text)]
-            yield from found
-            if not found and not finding.conditional:
-                raise UnsupportedError(f"`pipe` is a {pipeline.__name__}, whose loop {reason.format(_short(finding.text))}")
+        for text in (one for part in every for one in look(part)):
+            if not any(re.search(guard.pattern, text) for guard in GUARDS):
+                raise UnsupportedError(f"`pipe` is a {pipeline.__name__}, whose loop {reason.format(_short(text))}")
+    texts = {text for part in every for _, text, _ in part.nodes}
+    yield from (guard for guard in GUARDS if any(re.search(guard.pattern, text) for text in texts))
 
 
 def mentioned(pipeline: type) -> set[str]:
-    """Attributes of a pipeline that its loops mention, the networks they call among them."""
+    """Attributes of a pipeline that its loops and what they call mention, their networks among them."""
     return {
         node.attr
-        for loop in _loops(pipeline)
-        for node in ast.walk(loop)
+        for method, loop in _loops(pipeline)
+        for part in parts(pipeline, method, loop, _numbers(loop))
+        for node, _, _ in part.nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     }
 
@@ -128,7 +181,7 @@ def loops_once(pipeline: type) -> bool:
     """Whether the one method that steps the scheduler is seen to go over its timesteps in one loop and nowhere else."""
     stepping = [
         node
-        for node in _methods(pipeline)
+        for _, node in _methods(pipeline)
         if any(isinstance(one, ast.For) and "scheduler.step(" in ast.unparse(one) for one in ast.walk(node))
     ]
     if len(stepping) != 1:
@@ -137,21 +190,20 @@ def loops_once(pipeline: type) -> bool:
     return sum("timesteps" in ast.unparse(one) for one in over) == 1
 
 
-def _methods(pipeline: type) -> Iterator[ast.AST]:
-    """The sources of a class's methods that step a scheduler."""
+def _methods(pipeline: type) -> Iterator[tuple[Function, ast.FunctionDef]]:
+    """A class's methods that step a scheduler, and their sources."""
     for _, method in inspect.getmembers(pipeline, inspect.isfunction):
-        try:
-            source = inspect.getsource(inspect.unwrap(method))
-        except (OSError, TypeError):
-            continue  # no source to read
-        if "scheduler.step(" in source:
-            yield ast.parse(textwrap.dedent(source))
+        function = inspect.unwrap(method)
+        definition = source(function)
+        if definition is not None and "scheduler.step(" in ast.unparse(definition):
+            yield function, definition
 
 
-def _loops(pipeline: type) -> Iterator[ast.For]:
-    """Loops that step a scheduler, in any of a class's methods."""
-    for method in _methods(pipeline):
-        yield from _within(method)
+def _loops(pipeline: type) -> Iterator[tuple[Function, ast.For]]:
+    """Loops that step a scheduler, and which of a class's methods they are in."""
+    for method, definition in _methods(pipeline):
+        for loop in _within(definition):
+            yield method, loop
 
 
 def _within(part: ast.AST) -> Iterator[ast.For]:

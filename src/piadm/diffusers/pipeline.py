@@ -112,7 +112,7 @@ class Parallelized:
         self.pipe, self.settings, self.last_result = pipe, settings, None
         self._guards = [] if settings.window == 1 else check_loop(type(pipe))
         self._once, self._looped = loops_once(type(pipe)), mentioned(type(pipe))
-        self._check({})
+        self._check(getattr(pipe, "config", {}))
         self._own = type(pipe).__call__  # which `parallel` takes the place of
         self._tables: dict[Any, Probe] = {}
         self._checked: set[Any] = set()
@@ -141,14 +141,14 @@ class Parallelized:
         scheduler.set_timesteps(4, **({"mu": 0.5} if dynamic else {}))
         probe(scheduler, scheduler.timesteps)
 
-    def _check(self, arguments: Mapping[str, Any]) -> None:
-        """Raises `UnsupportedError` for what can be known of a call with these arguments before any work."""
-        pipe, name = self.pipe, type(self.pipe).__name__
+    def _check(self, options: Mapping[str, Any]) -> None:
+        """Raises `UnsupportedError` for what can be known of a call with these options before any work."""
+        pipe = self.pipe
         check_scheduler(pipe.scheduler)
         if self.settings.window == 1:
             return  # the pipeline itself
         for guard in self._guards:
-            guard.check({**getattr(pipe, "config", {}), **arguments}, name)
+            guard.check(pipe, options)
         for part, module in pipe.components.items():
             if getattr(module, "is_cache_enabled", False):
                 raise UnsupportedError(
@@ -161,11 +161,10 @@ class Parallelized:
     def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pipe, self.last_result = self.pipe, None
         bound = inspect.signature(call).bind(pipe, *args, **kwargs)
-        self._check(bound.arguments)
+        self._check({**_defaults(bound.signature), **getattr(pipe, "config", {}), **_named(bound)})
         if self.settings.window == 1:
             return self._sequentially(call, bound)
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}.get("generator")
-        generators = [one for one in read_generators(given) if one is not None]
+        generators = [one for one in read_generators(_named(bound).get("generator")) if one is not None]
         rewind = _rewinder(generators)
         try:
             return self._in_parallel(call, bound)
@@ -176,9 +175,9 @@ class Parallelized:
 
     def _in_parallel(self, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         pipe, name = self.pipe, type(self.pipe).__name__
-        named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        takes = inspect.signature(pipe.scheduler.step).parameters
-        expected = {one: named[one] for one in ("eta", "use_clipped_model_output") if one in takes and one in named}
+        named = _named(bound)
+        takes = named.keys() & inspect.signature(pipe.scheduler.step).parameters
+        expected = {one: named[one] for one in takes if one in ("eta", "use_clipped_model_output")}
         generator = named.get("generator")
         slices = Slices(self.settings.max_memory, self._costs, self._found, self.settings.ranks)
         known = self._tables, self._checked, self._separate, self._entangled
@@ -244,6 +243,16 @@ class Parallelized:
         total = max([*asked, 2 * number if isinstance(number, int) else 0, 2]) + 10
         window = self.settings.window
         return total if window is None else max(window, min(total, window * samples_of(bound.arguments)))
+
+
+def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+
+
+def _defaults(signature: inspect.Signature) -> dict[str, Any]:
+    """What arguments are that a call leaves out."""
+    return {one.name: one.default for one in signature.parameters.values() if one.default is not one.empty}
 
 
 def samples_of(arguments: Mapping[str, Any]) -> int:

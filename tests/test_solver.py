@@ -478,7 +478,7 @@ branches = pytest.mark.parametrize("branch", [0, 10**9], ids=["loop", "scan"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, D), (S, D)], ids=["one J", "J per coordinate", "J per number"])
 def test_loop_and_scan_are_the_forward_substitution(monkeypatch, branch, dtype, k, width, shape):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
-    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 1)
     g = generator(width)
     phi, x = torch.randn(width, k, S, D, generator=g), torch.randn(width + 1, k, S, D, generator=g)
     jacobian = torch.randn(width, k, k, *shape, generator=g)
@@ -505,7 +505,7 @@ EXTREME = {
 @pytest.mark.parametrize("factors", EXTREME.values(), ids=list(EXTREME))
 def test_sweep_survives_products_of_j_that_vanish_or_alternate_between_extremes(monkeypatch, branch, k, factors):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
-    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 1)
     width, g = len(factors), generator(1)
     phi, x = torch.rand(width, k, S, D, generator=g), torch.rand(width + 1, k, S, D, generator=g)
     jacobian = torch.tensor(factors)[:, None, None, None, None] * torch.eye(k)[None, :, :, None, None]
@@ -519,7 +519,7 @@ def test_sweep_survives_products_of_j_that_vanish_or_alternate_between_extremes(
 @branches
 def test_where_nothing_changed_the_sweep_returns_phi_to_the_last_bit(monkeypatch, branch):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
-    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 1)
     g = generator(2)
     phi, jacobian = torch.randn(9, 2, S, D, generator=g), torch.randn(9, 2, 2, S, D, generator=g)
     x = torch.cat([torch.randn(1, 2, S, D, generator=g), phi])
@@ -532,7 +532,7 @@ def test_where_nothing_changed_the_sweep_returns_phi_to_the_last_bit(monkeypatch
 @pytest.mark.parametrize("branch", [0, 10**9], ids=["loop", "scan"])
 def test_sweep_survives_products_of_j_that_overflow_where_no_change_meets_them(monkeypatch, branch):
     monkeypatch.setattr(piadm.sweep, "LOOP_FROM", branch)
-    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 0)
+    monkeypatch.setattr(piadm.sweep, "LOOP_TO", 1)
     jacobian = torch.tensor([1.0] + [1e30] * 4 + [1.0])[:, None, None, None, None]
     found, _ = piadm.sweep.sweep(torch.ones(6, 1, 1, 1), jacobian, torch.ones(7, 1, 1, 1))
     assert torch.equal(found, torch.ones(7, 1, 1, 1))

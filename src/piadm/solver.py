@@ -243,7 +243,7 @@ class Solver:
             # a model that overflowed says nothing against a state that did not change
             moved = np.where(changes.size == 0, 0.0, rule.misfit(changes, placed, along, size) * changes.size)
             spent = rule.spent(past, placed, moved, _numbers(x), SAFETY, CAUTION)
-            accepted, variance = rule.accepted(spent[0, 1:], placed), torch.from_numpy(along[-1])
+            accepted, variance = rule.accepted(spent[0], placed), torch.from_numpy(along[-1])
         else:
             spent = rule.spent(past, placed, on_host(defect), _numbers(x), 1.0, 1.0)
             accepted = torch.tensor(kept) + 1

@@ -51,7 +51,7 @@ def decides(self, output, level, **options):
 
 
 def makes_a_number(self, output, level, **options):
-    return output * torch.tensor([level])
+    return output * torch.full((1,), level)
 
 
 def asks_a_function(self, output, level, **options):
@@ -106,7 +106,7 @@ def decides_either_way(self, output, level, late, **options):
             decides,
             r"needs the value of its timestep, `decides: return 0\.5 \* output if level < 0\.5 else output`",
         ),
-        (makes_a_number, r"needs the value .* `makes_a_number: return output \* torch\.tensor\(\[level\]\)`"),
+        (makes_a_number, r"needs the value .* `makes_a_number: return output \* torch\.full\(\(1,\), level\)`"),
         (asks_a_function, r"needs the value .* `weighed: return output if bool\(early\) else 0\.5 \* output`"),
         (asks_a_static_method, r"needs the value .* `weight: return max\(level, 0\.5\)`"),
         (draws, r"draws random numbers, `draws: return output \+ 0\.1 \* torch\.randn"),
@@ -172,6 +172,10 @@ def decides_either_way_if_asked(self, output, level, late=None, **options):
     return 2 * output
 
 
+def lists_it(self, output, level, **options):
+    return output * torch.tensor([0.5, level] * len(output)).mean()
+
+
 def draws_the_same_again(self, output, level, **options):
     own = torch.Generator().manual_seed(7)
     return output + 0.1 * torch.randn(output.shape, generator=own)
@@ -191,7 +195,7 @@ IF_ASKED = [
     decides_either_way_if_asked,
     defines_what_would_draw,
 ]
-HARMLESS = [asks_of_what_kind_it_is, decides_by_something_else, draws_the_same_again]
+HARMLESS = [asks_of_what_kind_it_is, decides_by_something_else, draws_the_same_again, lists_it]
 
 
 @pytest.mark.parametrize("changed", HARMLESS + IF_ASKED, ids=lambda one: one.__name__)
@@ -227,6 +231,54 @@ def test_an_option_of_the_scheduler_that_differs_from_step_to_step_is_refused_at
     policy = tiny.policy()
     with pytest.raises(UnsupportedError, match=r"gives `scheduler\.step` an option that differs .* `s_noise=t / 100`"):
         parallelize(Handing(policy.unet, policy.scheduler))
+
+
+class Blending(tiny.PolicyPipeline):
+    """Keeps the first action at what is known of it, noised before or after the step, to the step's own timestep."""
+
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=8, generator=None):
+        noise = torch.randn(len(observation), 2, 16, generator=generator)
+        known, actions = torch.zeros(len(observation), 2, 1), noise
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            first = self.scheduler.add_noise(known, noise[:, :, :1], torch.tensor([t]))
+            actions = torch.cat([first, actions[:, :, 1:]], -1)
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+            actions = self.scheduler.step(output, t, actions, generator=generator).prev_sample
+        return (actions,)
+
+
+class BlendingLate(tiny.PolicyPipeline):
+    @torch.no_grad()
+    def __call__(self, observation, num_inference_steps=8, generator=None, other=False):
+        noise = torch.randn(len(observation), 2, 16, generator=generator)
+        known, actions = torch.zeros(len(observation), 2, 1), noise
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            output = self.unet(torch.cat([actions, observation[:, :, None].expand(-1, -1, 16)], 1), t).sample
+            actions = self.scheduler.step(output, t, actions, generator=generator).prev_sample
+            if other:
+                first = self.scheduler.add_noise(known, noise[:, :, 1:2], torch.tensor([t]))
+            else:
+                first = self.scheduler.add_noise(known, noise[:, :, :1], timesteps=t[None])
+            actions = torch.cat([first, actions[:, :, 1:]], -1)
+        return (actions,)
+
+
+def test_what_is_known_can_be_noised_to_the_timestep_before_its_step():
+    policy = tiny.policy()
+    pipe = Blending(policy.unet, policy.scheduler)
+    alone = pipe(torch.zeros(1, 4), generator=seeded())[0]
+    fast = parallelize(pipe, window=4, tolerance=1e-4)
+    assert rms(fast(torch.zeros(1, 4), generator=seeded())[0] - alone) < 1e-4
+    assert fast.last_result.evaluations > 8  # in lanes
+
+
+def test_what_is_noised_to_the_timestep_after_its_step_is_refused_at_once():
+    policy = tiny.policy()
+    with pytest.raises(UnsupportedError, match=r"noises something to its timestep after `scheduler\.step`, .*torch\.tensor"):
+        parallelize(BlendingLate(policy.unet, policy.scheduler))
 
 
 # Pipelines of diffusers
@@ -319,7 +371,7 @@ def test_timesteps_for_each_token_are_refused_at_once():
         parallelize(diffusers.LTXConditionPipeline(**components))
 
 
-@pytest.mark.parametrize("name", ["AuraFlowPipeline", "HunyuanDiTPipeline", "EasyAnimatePipeline", "CycleDiffusionPipeline"])
+@pytest.mark.parametrize("name", ["ErnieImagePipeline", "ZImageImg2ImgPipeline", "CycleDiffusionPipeline"])
 def test_loops_of_diffusers_that_make_a_number_of_their_timestep_are_told(name):
     from piadm.diffusers.loop import check_loop
 

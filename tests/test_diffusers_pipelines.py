@@ -27,6 +27,19 @@ MANY = {
     "height": 16,
     "width": 16,
 }
+HUNYUAN = {"prompt": "a red cat", "height": 64, "width": 64, "use_resolution_binning": False}
+
+
+def embedded() -> dict[str, Any]:
+    """What EasyAnimate is asked with in place of a prompt."""
+    generator = torch.Generator().manual_seed(5)
+    embeds = {f"{sign}prompt_embeds": torch.randn(1, 6, 32, generator=generator) for sign in ("", "negative_")}
+    masks = {f"{sign}prompt_attention_mask": torch.ones(1, 6, dtype=torch.long) for sign in ("", "negative_")}
+    return {"prompt": None, "height": 16, "width": 16, "num_frames": 5, **embeds, **masks}
+
+
+FILM = torch.from_numpy(PIXELS / 255).float().movedim(-1, 0)[None, :, None].repeat(1, 1, 5, 1, 1)
+HALF_FILM = 255.0 * (torch.arange(16) < 8).expand(1, 1, 5, 16, 16)
 
 PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "StableDiffusion": (tiny.stable_diffusion, TEXT),
@@ -72,6 +85,37 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "LTX": (tiny.ltx, {"prompt": "a red cat", "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}),
     "Wan": (tiny.wan, {"prompt": "a red cat", "height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16}),
+    "AuraFlow": (tiny.aura_flow, TEXT),
+    "AuraFlow, images": (tiny.aura_flow, {**TEXT, "guidance_scale": 1.0, "num_images_per_prompt": 2, "output_type": "np"}),
+    "HunyuanDiT, two prompts, eta": (
+        tiny.hunyuan_dit,
+        {**MANY, **HUNYUAN, "prompt": MANY["prompt"], "num_images_per_prompt": 1, "eta": 0.5},
+    ),
+    "HunyuanDiT, images": (tiny.hunyuan_dit, {**HUNYUAN, "guidance_scale": 1.0, "output_type": "np"}),
+    "HunyuanDiT, PAG": (lambda: tiny.hunyuan_dit(diffusers.HunyuanDiTPAGPipeline), HUNYUAN),
+    "HunyuanDiT, PAG, no guidance": (
+        lambda: tiny.hunyuan_dit(diffusers.HunyuanDiTPAGPipeline),
+        {**HUNYUAN, "guidance_scale": 1.0, "pag_scale": 0.0},
+    ),
+    "HunyuanDiT, ControlNet": (tiny.hunyuan_dit_control, {**HUNYUAN, "control_image": PHOTO}),
+    "HunyuanDiT, ControlNet, no guidance": (
+        tiny.hunyuan_dit_control,
+        {**HUNYUAN, "control_image": PHOTO, "guidance_scale": 1.0},
+    ),
+    "EasyAnimate": (tiny.easy_animate, embedded()),
+    "EasyAnimate, films": (tiny.easy_animate, {**embedded(), "guidance_scale": 1.0, "output_type": "np"}),
+    "EasyAnimate, inpaint": (
+        lambda: tiny.easy_animate(diffusers.EasyAnimateInpaintPipeline, 4, tiny.ddim()),
+        {**embedded(), "video": FILM, "mask_video": HALF_FILM, "strength": 0.8},
+    ),
+    "EasyAnimate, inpaint, no guidance": (
+        lambda: tiny.easy_animate(diffusers.EasyAnimateInpaintPipeline, 4, tiny.ddim()),
+        {**embedded(), "video": FILM, "mask_video": HALF_FILM, "guidance_scale": 1.0},
+    ),
+    "EasyAnimate, inpaint, nine channels": (
+        lambda: tiny.easy_animate(diffusers.EasyAnimateInpaintPipeline, 9),
+        embedded(),
+    ),
     "policy": (tiny.policy, {"observation": torch.linspace(-1, 1, 4)[None]}),
 }
 
@@ -79,7 +123,9 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
 def call(pipe: Any, options: dict[str, Any]) -> torch.Tensor:
     """The first entry of what a pipeline returns, from one seed; latents where they can be had."""
     defaults = {"num_inference_steps": STEPS, "output_type": "latent"}
-    out = pipe(**{**defaults, **options}, generator=torch.Generator().manual_seed(3))[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)  # from which EasyAnimate encodes a film to inpaint
+        out = pipe(**{**defaults, **options}, generator=torch.Generator().manual_seed(3))[0]
     return torch.as_tensor(out).double()
 
 

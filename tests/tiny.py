@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cache
 from typing import Any
@@ -68,14 +69,14 @@ def t5(hidden: int = 32) -> Any:
     return seeded(lambda: T5EncoderModel(config))
 
 
-def vae(channels: int = 4, **more: Any) -> Any:
+def vae(channels: int = 4, blocks: int = 2, **more: Any) -> Any:
     return seeded(
         lambda: diffusers.AutoencoderKL(
-            block_out_channels=[8, 8],
+            block_out_channels=[8] * blocks,
             in_channels=3,
             out_channels=3,
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
+            down_block_types=["DownEncoderBlock2D"] * blocks,
+            up_block_types=["UpDecoderBlock2D"] * blocks,
             latent_channels=channels,
             norm_num_groups=4,
             sample_size=16,
@@ -206,6 +207,129 @@ def controlnet() -> Any:
 
 def stable_diffusion_control() -> Any:
     return stable_diffusion(diffusers.StableDiffusionControlNetPipeline, controlnet=controlnet())
+
+
+def bert(hidden: int = 32) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=hidden,
+        intermediate_size=37,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        pad_token_id=0,
+    )
+    return seeded(lambda: BertModel(config))
+
+
+HUNYUAN: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "hidden_size": 16,
+    "mlp_ratio": 2.0,
+    "cross_attention_dim": 32,
+    "cross_attention_dim_t5": 32,
+    "pooled_projection_dim": 16,
+    "text_len": 77,
+    "text_len_t5": 256,
+}
+
+
+def hunyuan_dit(cls: Any = None, **more: Any) -> Any:
+    return quiet(
+        (cls or diffusers.HunyuanDiTPipeline)(
+            vae=vae(blocks=4),  # its rotary embedding takes a factor of 8 for granted
+            text_encoder=bert(),
+            tokenizer=fast_tokenizer(),
+            text_encoder_2=t5(),
+            tokenizer_2=fast_tokenizer(),
+            transformer=seeded(lambda: diffusers.HunyuanDiT2DModel(**HUNYUAN, num_layers=4)),
+            scheduler=ddim(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **more,
+        )
+    )
+
+
+def hunyuan_dit_control() -> Any:
+    net = seeded(lambda: diffusers.HunyuanDiT2DControlNetModel(**HUNYUAN, transformer_num_layers=4))
+    generator = torch.Generator().manual_seed(1)
+    for block in [net.input_block, *net.controlnet_blocks]:  # zero when made, and then of no influence
+        block.weight.copy_(0.1 * torch.randn(block.weight.shape, generator=generator))
+    return hunyuan_dit(diffusers.HunyuanDiTControlNetPipeline, controlnet=net)
+
+
+def aura_flow() -> Any:
+    transformer = seeded(
+        lambda: diffusers.AuraFlowTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            out_channels=4,
+            pos_embed_max_size=16,
+        )
+    )
+    tokenizer = copy.deepcopy(fast_tokenizer())
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return quiet(
+        diffusers.AuraFlowPipeline(
+            transformer=transformer,
+            vae=vae(),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+            text_encoder=t5(),
+            tokenizer=tokenizer,
+        )
+    )
+
+
+def easy_animate(cls: Any = None, in_channels: int = 4, scheduler: Any = None) -> Any:
+    """Without its text encoder, a language model with eyes: give `prompt_embeds`, of 32 features."""
+    transformer = seeded(
+        lambda: diffusers.EasyAnimateTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=in_channels,
+            out_channels=4,
+            patch_size=2,
+            num_layers=1,
+            mmdit_layers=1,
+            time_embed_dim=2,
+            text_embed_dim=32,
+        )
+    )
+    autoencoder = seeded(
+        lambda: diffusers.AutoencoderKLMagvit(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+            spatial_group_norm=False,
+        )
+    )
+    return quiet(
+        (cls or diffusers.EasyAnimatePipeline)(
+            transformer=transformer,
+            vae=autoencoder,
+            scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(),
+            text_encoder=None,
+            tokenizer=None,
+        )
+    )
 
 
 def stable_diffusion_xl() -> Any:

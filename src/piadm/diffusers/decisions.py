@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from math import inf
 
 DRAWS = re.compile(
     r"randn_tensor|(np|numpy|random|torch)\.(.*\.)?(randn|rand|randint|randperm|normal|uniform|choice)(_like)?"
@@ -23,8 +24,8 @@ DRAWS = re.compile(
 OF_VALUES = re.compile(r"(torch|math|np|numpy)\.(?!is_).*|float|int|bool|min|max|abs|round|sum")
 """Functions whose value is made of their arguments' values; what methods of the pipeline make of them is not known."""
 
-NUMBERS = re.compile(r"float|int|bool|min|max|round|range|torch\.(tensor|arange|full)|(math|np|numpy)\..*")
-"""Those that need one value."""
+NUMBERS = re.compile(r"float|int|bool|min|max|round|range|torch\.(arange|full)|(math|np|numpy)\..*")
+"""Those that need one value; `torch.tensor` is seen to (`piadm.diffusers.literals`)."""
 
 OF_KINDS = re.compile(r"shape|dtype|device|ndim|dim|size|numel|nelement|element_size|stride|layout|requires_grad|is_\w+")
 """Attributes and methods of a tensor that do not look at its values."""
@@ -40,6 +41,7 @@ class Part:
         numbers: Names that count the loop's rounds.
         conditional: Whether they may never be run.
         place: What the text of findings in them begins with.
+        stepped: The line of `scheduler.step` in the loop; infinite elsewhere.
     """
 
     body: Sequence[ast.stmt]
@@ -47,6 +49,7 @@ class Part:
     numbers: frozenset[str] = frozenset()
     conditional: bool = False
     place: str = ""
+    stepped: float = inf
 
     @classmethod
     def of_loop(cls, loop: ast.For, numbers: Iterable[str]) -> Part:
@@ -54,7 +57,9 @@ class Part:
         called, target, counted = ast.unparse(loop.iter), loop.target, frozenset(numbers)
         if isinstance(target, ast.Tuple) and "enumerate(" in called:
             target = target.elts[-1]
-        return cls(loop.body, frozenset() if called.startswith("range(") else _names(target) - counted, counted)
+        given = frozenset() if called.startswith("range(") else _names(target) - counted
+        stepped = min((node.lineno for node in ast.walk(loop) if isinstance(node, ast.Call) and _steps(node)), default=inf)
+        return cls(loop.body, given, counted, stepped=stepped)
 
     @cached_property
     def nodes(self) -> tuple[tuple[ast.AST, str, bool], ...]:
@@ -133,9 +138,25 @@ def _needs(node: ast.AST, part: Part) -> bool:
 def options(part: Part) -> Iterator[str]:
     """What a scheduler's step is always given of the timestep besides the timestep."""
     for node, _, conditional in part.nodes:
-        if not conditional and isinstance(node, ast.Call) and ast.unparse(node.func).endswith("scheduler.step"):
+        if not conditional and isinstance(node, ast.Call) and _steps(node):
             given = (one for one in node.keywords if one.arg != "timestep" and follows(one.value, part.timesteps))
             yield from (part.place + ast.unparse(one) for one in given)
+
+
+def _steps(call: ast.Call) -> bool:
+    return ast.unparse(call.func).endswith("scheduler.step")
+
+
+def belated(part: Part) -> Iterator[str]:
+    """Statements that always noise something to the timestep of a step that has been taken."""
+    return _always(part, _noises_late)
+
+
+def _noises_late(node: ast.AST, part: Part) -> bool:
+    match node:
+        case ast.Call(func=ast.Attribute(attr="add_noise" | "scale_noise"), args=arguments, keywords=keywords):
+            return node.lineno > part.stepped and _any([*arguments, *(one.value for one in keywords)], part.timesteps)
+    return False
 
 
 def draws(part: Part) -> Iterator[str]:

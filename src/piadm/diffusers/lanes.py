@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
+from piadm.diffusers.literals import Literals
 from piadm.diffusers.probing import UnsupportedError
 from piadm.diffusers.shares import Answer
 from piadm.diffusers.slices import Slices
@@ -62,10 +63,14 @@ class Lanes:
     Arguments:
         lane: A tensor of `width` lanes, as `vmap` hands it to the function it calls.
         width: How many there are.
+
+    Attributes:
+        literals: What the loop's body runs in.
     """
 
     def __init__(self, lane: Tensor, width: int) -> None:
         self.lane, self.width = lane, width
+        self.literals = Literals()
 
     def beneath(self, act: Callable[[Values], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
         """Runs `act` on the tensors with their lanes first; its results, likewise of `width` lanes, hide them again."""

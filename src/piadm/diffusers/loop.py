@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from piadm.diffusers.decisions import decisions, draws, options
+from piadm.diffusers.decisions import belated, decisions, draws, options
 from piadm.diffusers.methods import Function, parts, source
 from piadm.diffusers.probing import UnsupportedError
 
@@ -155,6 +155,8 @@ def _unfollowed(pipeline: type, method: Function, loop: ast.For) -> Iterator[Gua
         decisions: "needs the value of its timestep, `{}`: the steps of a window are run together and have no one value",
         options: "gives `scheduler.step` an option that differs from step to step, `{}`: the steps of a window are run "
         "together, by a table that tells them apart by their timesteps",
+        belated: "noises something to its timestep after `scheduler.step`, `{}`: the states there are the next round's, "
+        "at other timesteps",
         draws: "draws random numbers, `{}`: they would depend on the window, not on the step; draw them before the loop",
     }
     every = list(parts(pipeline, method, loop, _numbers(loop)))

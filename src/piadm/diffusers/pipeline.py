@@ -331,6 +331,7 @@ def _installed(pipe: Any, run: Run) -> Iterator[None]:
     run.interrupted = lambda: bool(getattr(pipe, "_interrupt", False))
     before = dict(vars(pipe))
     with ExitStack() as stack:
+        stack.enter_context(run.body)
         stack.enter_context(_replaced(pipe, "scheduler", run.scheduler))
         for name, module in pipe.components.items():
             if isinstance(module, nn.Module):
@@ -382,7 +383,8 @@ def _wrap_callbacks(pipe: Any, run: Run, bound: inspect.BoundArguments) -> None:
 def _on_step_end(callback: Callable[..., Any], run: Run) -> Callable[..., dict[str, Any]]:
     def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         shown = {name: run.shown(name, value) for name, value in tensors.items()}
-        returned = callback(pipe, *run.place(), dict(shown)) or {}
+        with run.aside():
+            returned = callback(pipe, *run.place(), dict(shown)) or {}
         run.note_random()
         for name, value in returned.items():
             if name in shown and value is not shown[name]:
@@ -397,7 +399,9 @@ def _on_step_end(callback: Callable[..., Any], run: Run) -> Callable[..., dict[s
 
 def _legacy(callback: Callable[..., Any], run: Run) -> Callable[..., None]:
     def call(step: int, timestep: Any, latents: Tensor) -> None:
-        callback(*run.place(), run.shown("latents", latents))
+        shown = run.shown("latents", latents)
+        with run.aside():
+            callback(*run.place(), shown)
         run.note_random()
 
     return call

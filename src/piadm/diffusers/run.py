@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,6 +125,7 @@ class Run:
         self._finite = True  # all answers of that round
         self.generators = [one for one in read_generators(generator) if one is not None]
         self.lanes: Lanes | None = None
+        self.body = ExitStack()  # what the body of the loop runs in; who installs the run closes it, however the loop is left
         self.scheduler: Any = None  # the one in lanes, set by who installs it
         self.plain: Any = None  # a plain one, once the loop has begun
         self.interrupted: Callable[[], bool] = lambda: False
@@ -141,6 +143,13 @@ class Run:
 
     def rounds(self, times: Tensor) -> Iterator[Tensor]:
         """Timesteps for the loop: the first one, then one round after the other with the window's."""
+        for t in self._rounds(times):
+            self.body.close()
+            self.body.enter_context(self._lanes.literals)
+            yield t
+        self.body.close()
+
+    def _rounds(self, times: Tensor) -> Iterator[Tensor]:
         if self.state is not None:
             raise UnsupportedError(
                 "the pipeline loops over its timesteps a second time: give the call that holds the loop to piadm by itself"
@@ -215,6 +224,10 @@ class Run:
         return self.probe.output(**values) if as_object else tuple(values.values())
 
     # What callbacks see
+
+    def aside(self) -> AbstractContextManager[None]:
+        """What they run in: not what the loop's body runs in."""
+        return self._lanes.literals.aside()
 
     def place(self) -> tuple[int, Tensor]:
         """The last finished step and its timestep."""

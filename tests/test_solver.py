@@ -7,6 +7,7 @@ and mixtures go through matrix products, whose rounding depends on the number of
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cache
 from itertools import pairwise, product
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 import piadm
-from piadm import propagators
+from piadm import propagators, stopping
 from piadm.fills import Copy, Jump
 from piadm.noise import Noise
+from piadm.placement import Placement
 from piadm.windows import Blocks, Pipelined, Sliding
 
 S, D = 3, 4
@@ -730,3 +732,22 @@ def test_a_variance_of_zero_does_not_make_every_error_nothing(variance):
     sequential = piadm.Sequential(denoiser, piadm.DDIM(40))((4, 6), noise=noise, generator=generator())
     result = piadm.Parallel(denoiser, piadm.DDIM(40), window=10, tolerance=1e-3)((4, 6), noise=noise, generator=generator())
     assert (result.samples - sequential.samples).square().mean(1).sqrt().max() <= 1e-3
+
+
+def test_where_no_step_waits_for_a_lane_errors_are_kept_sparingly():
+    """Half of a window's steps cost half of what they may: accepted while steps wait, not where the window ends the table."""
+    rule = stopping.Rule(piadm.DDIM(20)(piadm.schedules.DiscreteBetas.linear(1000)), 1.0, tolerance=0.1)
+
+    def accepted(start, stop, kept, cost):
+        """With `kept` spent before, and `cost` of the allowance at the last of these steps spent from the middle one on."""
+        placed = Placement.around(torch.tensor([start]), torch.tensor([stop]))
+        error = np.full((placed.count + 1, 1), kept)
+        error[1 + placed.count // 2 :] = cost * 0.1 * math.sqrt(stop / 20)
+        return int(rule.accepted(error, placed))
+
+    assert accepted(0, 10, 0.0, 0.7) == 10
+    assert accepted(0, 20, 0.0, 0.7) == 10  # what costs nothing is accepted there too
+    assert accepted(0, 20, 0.0, math.sqrt(stopping.ENDING) / 2) == 20
+    assert accepted(10, 20, 0.05, 1.0) == 5
+    assert accepted(10, 20, 0.099, 1.0) == 1  # the first step is exact, whatever was spent
+    assert accepted(0, 20, 0.0, math.nan) == 10

@@ -105,3 +105,13 @@ def test_without_a_generator_the_global_seed_decides():
     torch.manual_seed(1)
     assert torch.equal(sampler((2, 3)).samples, first)
     assert not torch.equal(first, second)
+
+
+def test_a_run_that_goes_on_draws_what_it_would_have_drawn():
+    """A seeding gives several steps' noise, and as many whether the seeds come from generators or from a checkpoint."""
+    whole = noise([seeded(i) for i in range(3)], size=900, components=1)
+    again = Noise.from_seeds(whole.seeds, 3, 900, 1, torch.device("cpu"), torch.float32)
+    assert torch.equal(whole(0, 40), again(0, 40))
+    assert torch.equal(whole(3, 35), torch.cat([again(m, m + 1) for m in range(3, 35)]))
+    one = noise(seeded(0), size=900, components=1)
+    assert torch.equal(one(0, 40), Noise.from_seeds(one.seeds, 3, 900, 1, torch.device("cpu"), torch.float32)(0, 40))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,10 +19,14 @@ def placed(request):
 
 def test_a_lane_is_a_step_of_each_sample(placed):
     assert placed.together == (len(set(placed.starts)) == len(set(placed.stops)) == 1)
+    values = np.stack([10.0 * np.arange(9), 10.0 * np.arange(9) + 1], axis=1)
+    by_lane = np.broadcast_to(placed.of_step(values), (placed.count, 2, 3))
     for lane in range(placed.count):
         for sample, (start, stop) in enumerate(zip(placed.starts, placed.stops, strict=True)):
             assert bool(placed.valid[lane, sample]) == (start + lane < stop)
             assert placed.steps[lane, sample] == start + lane
+            if start + lane < stop:
+                assert by_lane[lane, :, sample].tolist() == [10 * (start + lane), 10 * (start + lane) + 1]
 
 
 def test_rows_and_lanes_are_two_orders_of_the_same_numbers(placed):

@@ -743,7 +743,7 @@ def test_where_no_step_waits_for_a_lane_errors_are_kept_sparingly():
         placed = Placement.around(torch.tensor([start]), torch.tensor([stop]))
         error = np.full((placed.count + 1, 1), kept)
         error[1 + placed.count // 2 :] = cost * 0.1 * math.sqrt(stop / 20)
-        return int(rule.accepted(error, placed))
+        return int(rule.accepted(error, placed, np.array([stop == 20])))
 
     assert accepted(0, 10, 0.0, 0.7) == 10
     assert accepted(0, 20, 0.0, 0.7) == 10  # what costs nothing is accepted there too

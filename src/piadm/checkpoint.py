@@ -45,10 +45,7 @@ SAMPLE_AXIS = {
 }
 """The axis of a state's tensors along which samples lie."""
 KINDS = {"State": State, "Speculation": Speculation}
-ON_CPU = (
-    *("start", "stop", "seen", "spent", "variance", "residual", "evaluations"),
-    *("accepted", "rejected"),
-)
+ON_CPU = ("start", "stop", "seen", "spent", "variance", "residual", "evaluations", "accepted", "rejected")
 """Those of them that live on the CPU, wherever the others do."""
 
 

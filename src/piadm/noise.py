@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import Protocol
 
@@ -32,7 +33,7 @@ class NoiseSource(Protocol):
     dtype: torch.dtype
 
     def __call__(self, first: int, last: int) -> Tensor:
-        """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`."""
+        """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`; not to be written to."""
 
     def uniform(self, first: int, last: int) -> Tensor:
         """$u_m$, uniform on [0, 1), likewise, shape `(last - first, S)`; for solvers that test."""
@@ -81,7 +82,6 @@ class Noise:
         self.samples, self.size, self.components = samples, size, components
         self.device, self.dtype = device, dtype
         self._generator = torch.Generator(device)
-        self._stretch = max(1, min(32, AT_ONCE // (components * size * (samples // len(self.seeds)))))
         self._kept: dict[int, Tensor] = {}
 
     @classmethod
@@ -103,6 +103,11 @@ class Noise:
             parts.append(draw(whole, generator=self._generator, device=self.device, dtype=self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    @cached_property
+    def _stretch(self) -> int:
+        """How many steps' noise one seeding gives: of a generator for each sample no more than of that generator alone."""
+        return max(1, min(32, AT_ONCE // (self.components * self.size * (self.samples // len(self.seeds)))))
+
     def _normal(self, stretch: int) -> Tensor:
         """$ξ_m$ of a stretch of steps, shape `(steps, k, S, D)`."""
         drawn = self._each(f"{stretch}", torch.randn, (self._stretch * self.components, self.size))
@@ -122,8 +127,8 @@ class Noise:
         """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`."""
         low, high = first // self._stretch, (last - 1) // self._stretch + 1
         drawn = {one: self._kept[one] if one in self._kept else self._normal(one) for one in range(low, high)}
-        if self._stretch > 1:  # the next call begins in the middle of one of them, or where this one did
-            self._kept = drawn
+        if self._stretch > 1:  # the next call begins in one of the last, samples that slid apart a few before
+            self._kept = dict(list(drawn.items())[-4:])
         whole = drawn[low] if len(drawn) == 1 else torch.cat(list(drawn.values()))
         return whole[first - low * self._stretch : last - low * self._stretch]
 

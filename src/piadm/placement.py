@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# what is known of steps and lanes, on the host
 Numbers = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-"""What is known of steps and lanes, on the host."""
 
 
 @dataclass(frozen=True, eq=False)

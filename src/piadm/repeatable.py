@@ -22,9 +22,9 @@ def ask_again(run: Checkpoint, times: Tensor, network: Network, schedule: Schedu
     """
     state = run.state
     lane, sample = state.seen.nonzero()[:2].unbind(1)
-    step = state.start[sample.cpu()] + lane.cpu()
+    step = state.start[sample] + lane
     x, f = state.x_seen[lane, 0, sample], state.f_seen[lane, sample]
-    again = network(Request(x, times[step].to(x.device), run.alive[sample.cpu()]))
+    again = network(Request(x, times[step].to(x.device), run.alive[sample]))
     level = schedule.alpha(times[step]).clamp(min=1e-3).to(x)[:, None]
     difference, size = (again - f).norm(dim=1).cpu(), (f.norm(dim=1) + (x / level).norm(dim=1)).cpu()
     if not bool((difference <= max(torch.finfo(dtype).eps ** 0.5, 1e-3) * size).all()):

@@ -209,7 +209,6 @@ class Solver:
         steps = placed.steps.flatten()[rows].to(inputs.device)
         return Request(inputs.flatten(0, 1)[rows.to(inputs.device)], self._times[steps], samples.repeat(placed.count)[rows])
 
-    @np.errstate(all="ignore")
     def update(self, state: State, f: Tensor) -> State:
         """The state after a round, given the network's answers to `request`, shape `(R, D)`.
 
@@ -224,6 +223,7 @@ class Solver:
         evaluations = state.evaluations + (state.stop - state.start)
         rows = self._rows_at(state.start, state.placement.count)
         phi = rows.step(x[:-1], f, state.noise)
+        ending = state.stop == len(self.table)
         state, f = self._sound(state, f, phi)
         placed, rule, past = state.placement, self._rule, state.spent.numpy()
         defect, again = norm(phi - x[1:]).cpu(), len(state.x_seen)
@@ -239,13 +239,16 @@ class Solver:
         variance = state.variance
         if kept is None:
             changes, size = Changes.of(rows, jacobian, change, pair), self.size or x.shape[-1]
-            along = rule.variance_along(changes, placed, state.variance.numpy(), size)
-            # a model that overflowed says nothing against a state that did not change
-            moved = np.where(changes.size == 0, 0.0, rule.misfit(changes, placed, along, size) * changes.size)
-            spent = rule.spent(past, placed, moved, _numbers(x), SAFETY, CAUTION)
-            accepted, variance = rule.accepted(spent[0], placed), torch.from_numpy(along[-1])
+            with np.errstate(all="ignore"):
+                along = rule.variance_along(changes, placed, state.variance.numpy(), size)
+                # a model that overflowed says nothing against a state that did not change
+                moved = np.where(changes.size == 0, 0.0, rule.misfit(changes, placed, along, size) * changes.size)
+                spent = rule.spent(past, placed, moved, _numbers(x), SAFETY, CAUTION)
+                accepted = rule.accepted(spent[0], placed, ending.numpy())
+            variance = torch.from_numpy(along[-1])
         else:
-            spent = rule.spent(past, placed, on_host(defect), _numbers(x), 1.0, 1.0)
+            with np.errstate(all="ignore"):
+                spent = rule.spent(past, placed, on_host(defect), _numbers(x), 1.0, 1.0)
             accepted = torch.tensor(kept) + 1
         after = replace(
             state,
@@ -269,7 +272,6 @@ class Solver:
         noise = None if state.noise is None else state.noise[:gone]
         return replace(after, left=replace(state, stop=after.start, x=new[: gone + 1], noise=noise, left=None))
 
-    @np.errstate(all="ignore")
     def measure(self, left: State, f: Tensor) -> tuple[Tensor, Tensor]:
         r"""The defects of steps that have left, measured, given the network's answers to `request(left)`.
 
@@ -281,14 +283,17 @@ class Solver:
         rows = self._rows_at(left.start, placed.count)
         defect = norm(rows.step(left.x[:-1], placed.dense(f), left.noise) - left.x[1:]).cpu()
         size = np.where(placed.valid.numpy(), np.nan_to_num(on_host(defect), nan=np.inf, posinf=np.inf), 0.0)
-        _, nats, drift = self._rule.spent(np.zeros_like(left.spent), placed, size, _numbers(left.x), 1.0, 1.0)[:, -1]
+        with np.errstate(all="ignore"):
+            spent = self._rule.spent(np.zeros_like(left.spent), placed, size, _numbers(left.x), 1.0, 1.0)
+        _, nats, drift = spent[:, -1]
         return torch.from_numpy(nats), torch.from_numpy(drift)
 
     def _kept(self, target: float, state: State, defect: Tensor) -> list[int]:
         """How many of each sample's states stay as they are because their measured defects, `(W, S)`, are within the target."""
         placed, rule = state.placement, self._rule
         known = placed.of_step(rule.information)
-        nats = state.nats.numpy() + (known * np.square(on_host(defect))).cumsum(0)
+        with np.errstate(all="ignore"):
+            nats = state.nats.numpy() + (known * np.square(on_host(defect))).cumsum(0)
         kept = (nats <= target * placed.of_step(rule.share)) & (known > 0)
         # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
         kept = kept[: len(state.seen)] & state.seen.numpy()
@@ -317,7 +322,8 @@ class Solver:
         if bool(failed.any()):
             samples = failed.nonzero().flatten().tolist()
             raise NonFiniteError(int(stop[failed].min()), state.rounds + 1, samples, state.start, state.finished())
-        state = replace(state, stop=stop)
+        seen = state.seen & (torch.arange(len(state.seen))[:, None] < stop - state.start)
+        state = replace(state, stop=stop, seen=seen)
         return state, torch.where(state.placement.valid.to(f.device)[..., None], f, 0.0)
 
     def _rows_at(self, start: Tensor, count: int) -> Rows:

@@ -176,7 +176,7 @@ class SpeculativeSolver(Solver):
         scan = self._scan(sound, steps, inside, true, xi)
         pair = None
         if again := len(sound.x_seen):
-            pair = Pair.between(x[:again] - sound.x_seen, f[:again] - sound.f_seen, sound.seen & placed.valid[:again])
+            pair = Pair.between(x[:again] - sound.x_seen, f[:again] - sound.f_seen, sound.seen)
         # the sweep runs on means, whose noise is the same before and after, but for the reflected one
         kept, ended, rejected = (one[:, None, :, None] for one in (scan.kept, scan.ended, scan.rejected))
         old = sound.mean

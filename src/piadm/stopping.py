@@ -43,7 +43,7 @@ from torch import Tensor
 from piadm.certificate import information
 from piadm.placement import Mask, Numbers, Placement
 from piadm.propagators import Pair
-from piadm.tables import Rows, Table
+from piadm.tables import Rows, Table, mix
 
 SAFETY = 32.0
 """Kept every promise on the embedded networks, and 95 % on exact denoisers of 100 narrow modes, whose samples near a boundary
@@ -80,6 +80,7 @@ class Changes:
         scatter: What that leaves out, rms over coordinates, shape `(W, S|1)`.
         seen: Whether there are two evaluations, in the first lanes, shape `(L, S)`.
         gram: `Pair.gram` there, shape `(L, k + 1, k + 1, S)`.
+        wrong: $‖ΔΦ - J Δx‖$ there, shape `(L, S)`.
     """
 
     size: Numbers
@@ -87,6 +88,7 @@ class Changes:
     scatter: Numbers
     seen: Mask
     gram: Numbers
+    wrong: Numbers
 
     @classmethod
     def of(cls, rows: Rows, jacobian: Tensor, change: Tensor, pair: Pair | None) -> Changes:
@@ -100,8 +102,12 @@ class Changes:
         if model.shape[-1] > 1:
             scatter = on_host(torch.linalg.vector_norm(model - mean.unsqueeze(-1), dim=(1, 2, 4))) / math.sqrt(model.shape[-1])
         if pair is None:
-            return cls(size, on_host(mean), scatter, np.ones((0, samples), bool), np.ones((0, k + 1, k + 1, samples)))
-        return cls(size, on_host(mean), scatter, pair.seen.numpy(), on_host(pair.gram).transpose(0, 2, 3, 1))
+            none = np.ones((0, samples))
+            return cls(size, on_host(mean), scatter, none > 0, np.ones((0, k + 1, k + 1, samples)), none)
+        again, gram = len(pair.step), on_host(pair.gram).transpose(0, 2, 3, 1)
+        # not from the products, whose rounding is far above what is left of them where the model is good
+        wrong = mix(model[:again], pair.step).sub_(rows.B[:again] * pair.df.unsqueeze(1))
+        return cls(size, on_host(mean), scatter, pair.seen.numpy(), gram, on_host(norm(wrong)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,20 +186,15 @@ class Rule:
 
         `variance`: that of the Gaussian model; `size`: $D$.
         """
-        A_to_J, gram = changes.model, changes.gram
+        gram = changes.gram
         alpha, noise, B = (placed.of_step(values) for values in self._levels)
         scaled, again = alpha * variance, len(gram)
         network = B * (scaled / (alpha * scaled + noise))[:, None]
-        off = A_to_J + np.zeros(network.shape[-1])
+        off = changes.model + np.zeros(network.shape[-1])
         off[:, :, 0] -= network
         unseen: Numbers = np.sqrt((off * off).sum((1, 2)) + changes.scatter**2) + np.sqrt((network * network).sum(1))
-        # ΔΦ - J Δx is made of Δx and Δf by the rows of A - J and B
-        error = np.empty((again, B.shape[1], B.shape[1] + 1, gram.shape[-1]))
-        error[:, :, :-1] = -A_to_J[:again]
-        error[:, :, -1] = B[:again]
-        wrong = ((error[:, :, :, None] * gram[:, None]).sum(2) * error).sum((1, 2))
         moved = sum(gram[:, i, i] for i in range(B.shape[1]))
-        seen = np.sqrt(np.maximum(wrong, 0.0) / moved) + changes.scatter[:again] + unseen[:again] / size
+        seen = changes.wrong / np.sqrt(moved) + unseen[:again] / size
         unseen[:again] = np.where(changes.seen & (moved > 0), seen, unseen[:again])
         return unseen
 
@@ -209,18 +210,20 @@ class Rule:
         out = np.empty((3, len(defect) + 1, defect.shape[1]))
         out[:, 0] = past
         out[0, 1:] = cost
-        out[1, 1:] = known * np.square(caution * defect)
+        out[1, 1:] = np.where(known > 0, known * np.square(caution * defect), 0.0)
         out[2, 1:] = np.where(known > 0, 0.0, cost)
         sums = out[:, 1:].cumsum(1)
         np.hypot(sums[::2], past[::2, None], out=out[::2, 1:])
         np.add(sums[1], past[1], out=out[1, 1:])
         return out
 
-    def accepted(self, error: Numbers, placed: Placement) -> Tensor:
-        """How many steps of each sample are finished, for $E$ before and after each, `(W + 1, S)`; NaN accepts nothing."""
+    def accepted(self, error: Numbers, placed: Placement, ending: Mask) -> Tensor:
+        """How many steps of each sample are finished, for $E$ before and after each, `(W + 1, S)`; NaN accepts nothing.
+
+        `ending`: whose windows reached the table's end, `(S,)`, before any was cut for what later noise brought about.
+        """
         before, after, allowed = error[0], error[1:], placed.of_step(self._allowance)
         left = len(self.table) - np.array(placed.starts)
-        ending = np.array(placed.widths) == left
         far = np.arange(1, len(after) + 1)[:, None] / np.maximum(left, 1)
         part = np.where(ending, np.maximum(far**3, ENDING), 1.0)
         within = after * after <= before * before + part * (allowed * allowed - before * before)

@@ -3,8 +3,8 @@ r"""The forward substitution of a round, $x^{new}_{m+1} = Φ_m(x_m) + J_m (x^{ne
 The change $d_m = x^{new}_m - x_m$ obeys $d_{m+1} = r_m + J_m d_m$ with the defect $r_m = Φ_m(x_m) - x_{m+1}$ and
 $d_0 = 0$. A loop over the steps has the least memory traffic, and up to some tens of steps the fewest operator calls; beyond
 them, and where states are small, it is run at once in $\sqrt W$ stretches of $\sqrt W$ steps, and once more from stretch to
-stretch. That multiplies neighbouring $J$ and never divides by a product of them, so products that vanish lose nothing. Both
-end with $x^{new}_{m+1} = Φ_m(x_m) + J_m d_m$, so where
+stretch. That multiplies neighbouring $J$ and never divides by a product of them, so products that vanish lose nothing. Both end
+with $x^{new}_{m+1} = Φ_m(x_m) + J_m d_m$, so where
 $d_m = 0$ the step is $Φ_m$ to the last bit.
 """
 

@@ -154,6 +154,7 @@ def raising(folder: Path) -> dict[str, Any]:
 
 
 def interrupted(folder: Path) -> dict[str, Any]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
     return _ending(lambda: signal.raise_signal(signal.SIGINT))
 
 

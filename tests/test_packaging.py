@@ -73,7 +73,7 @@ def test_the_installed_command_samples_and_reports(installed, tmp_path):
 
 
 def test_the_installed_package_is_the_one_imported_and_imports_little(installed, tmp_path):
-    """Beyond torch's own modules: the standard library's, safetensors' and ours."""
+    """Beyond torch's own modules: the standard library's, numpy's, safetensors' and ours."""
     program = """
 import sys, torch
 before = set(sys.modules)
@@ -82,7 +82,7 @@ new = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdli
 print(piadm.__file__, sorted(new))
 """
     shown = command("-c", program, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert shown.strip() == f"{installed / 'piadm' / '__init__.py'} ['piadm', 'safetensors']"
+    assert shown.strip() == f"{installed / 'piadm' / '__init__.py'} ['numpy', 'piadm', 'safetensors']"
 
 
 def test_a_users_type_checker_sees_the_types(installed, tmp_path):

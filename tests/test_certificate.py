@@ -443,7 +443,7 @@ def test_after_a_window_was_cut_no_step_is_judged_by_what_came_out_beyond_the_cu
             f = target(request.x, request.t)
             calls.append(len(f))
             if len(calls) == 2:
-                assert 20 in (steps := state.placement.steps) and bool((steps > 24).any())
+                assert 20 in state.placement.steps
                 f = torch.where((request.t == table.times[20])[:, None], torch.nan, f)
             state = solver.update(state, f)
         return state.variance.tolist()

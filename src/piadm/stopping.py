@@ -46,8 +46,8 @@ from piadm.propagators import Pair
 from piadm.tables import Rows, Table, mix
 
 SAFETY = 32.0
-"""Kept every promise on the embedded networks, and 95 % on exact denoisers of 100 narrow modes, whose samples near a boundary
-no constant saves: four times less kept 90 % in a tenth fewer rounds (docs/benchmarks.md)."""
+"""Kept every promise on the embedded networks, and 97 % on exact denoisers of 100 narrow modes, whose samples near a boundary
+no constant saves: four times less kept 93 % in a tenth fewer rounds (docs/benchmarks.md)."""
 
 CAUTION = 8.0
 """What estimated defects are multiplied by in the certificate, where no sample's own promise is at stake. In runs accepted with

@@ -97,7 +97,7 @@ class Perturbed:
     step: int
 
     def __call__(self, first, last):
-        xi = self.source(first, last)
+        xi = self.source(first, last).clone()
         if first <= self.step < last:
             xi[self.step - first] += 3
         return xi

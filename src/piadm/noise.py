@@ -115,9 +115,7 @@ class Noise:
 
     def uniform(self, first: int, last: int) -> Tensor:
         """$u_m$, uniform on [0, 1), for $m$ from `first` up to but excluding `last`, shape `(last - first, S)`."""
-        low, high = first // 256, (last - 1) // 256 + 1
-        drawn = torch.cat([self._each(f"{stretch}:u", torch.rand, (256,)) for stretch in range(low, high)])
-        return drawn[first - 256 * low : last - 256 * low]
+        return _cut(first, last, 256, {}, lambda stretch: self._each(f"{stretch}:u", torch.rand, (256,)))[0]
 
     def start(self) -> Tensor:
         """The starting state in units of the scheme's starting standard deviation, shape `(S, D)`."""
@@ -125,12 +123,20 @@ class Noise:
 
     def __call__(self, first: int, last: int) -> Tensor:
         """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`."""
-        low, high = first // self._stretch, (last - 1) // self._stretch + 1
-        drawn = {one: self._kept[one] if one in self._kept else self._normal(one) for one in range(low, high)}
+        out, drawn = _cut(first, last, self._stretch, self._kept, self._normal)
         if self._stretch > 1:  # the next call begins in one of the last, samples that slid apart a few before
             self._kept = dict(list(drawn.items())[-4:])
-        whole = drawn[low] if len(drawn) == 1 else torch.cat(list(drawn.values()))
-        return whole[first - low * self._stretch : last - low * self._stretch]
+        return out
+
+
+def _cut(
+    first: int, last: int, length: int, known: dict[int, Tensor], draw: Callable[[int], Tensor]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Steps from `first` up to but excluding `last` out of the stretches of `length` steps that hold them, and these."""
+    low, high = first // length, (last - 1) // length + 1
+    drawn = {one: known[one] if one in known else draw(one) for one in range(low, high)}
+    whole = drawn[low] if len(drawn) == 1 else torch.cat(list(drawn.values()))
+    return whole[first - low * length : last - low * length], drawn
 
 
 @dataclass(frozen=True, eq=False)

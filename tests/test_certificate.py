@@ -422,30 +422,18 @@ def test_targets_that_cannot_be_kept_are_refused(arguments, message):
 def test_after_a_window_was_cut_no_step_is_judged_by_what_came_out_beyond_the_cut():
     """The network breaks at a guessed state: what is known of the data is the same whatever noise came after that step."""
 
-    def after_the_cut(late: int) -> list[float]:
-        target, calls = piadm.targets.GaussianMixture(torch.tensor([[1.0, 0.5], [-1.0, 0.2]]).double(), 0.1), []
-        table = piadm.DDPM(30)(target.schedule)
-        noise = Noise(torch.Generator().manual_seed(0), 2, 2, 1, torch.device("cpu"), torch.float64)
-        drawn = noise(0, 30).clone()
-        drawn[24:] += late
-
-        class Fixed:
-            device, dtype = noise.device, noise.dtype
-
-            def __call__(self, first, last):
-                return drawn[first:last]
-
-        policies = propagators.Secant(0.5), Sliding(None), Jump(0.0, 0.5), 1e-2, 0.5
-        solver = Solver(table, Fixed(), *policies)
-        state = solver.init(noise.start())
-        for _ in range(2):
+    def after_the_cut(perturb: int | None) -> list[float]:
+        target = mixture(BETAS)
+        solver, state = solver_of(
+            target, piadm.DDPM(30), propagators.Secant(0.5), Sliding(), torch.float64, tolerance=1e-2, perturb=perturb
+        )
+        for rounds in range(2):
             request = solver.request(state)
             f = target(request.x, request.t)
-            calls.append(len(f))
-            if len(calls) == 2:
+            if rounds == 1:
                 assert 20 in state.placement.steps
-                f = torch.where((request.t == table.times[20])[:, None], torch.nan, f)
+                f = torch.where((request.t == solver.table.times[20])[:, None], torch.nan, f)
             state = solver.update(state, f)
         return state.variance.tolist()
 
-    assert after_the_cut(0) == after_the_cut(1)
+    assert after_the_cut(None) == after_the_cut(24)

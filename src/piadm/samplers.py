@@ -204,14 +204,14 @@ class Sequential(_Sampler):
         event, device, table, stochastic = run.shape[1:], run.state.x.device, self.table, self.table.stochastic
         network = _Network(self._executor, event, run.shape[0], condition)
         clock = run.clock()
-        rows, times = table.cast(device, run.state.x.dtype), table.times.to(device)
+        columns, times = table.cast(device, run.state.x.dtype), table.times.to(device)
         with self._keeper(run, source, condition, path, pause) as keep, progress_bar(len(table), progress) as show:
             for m in range(run.state.rounds, len(table)):
                 if not len(run.alive):
                     break
                 f = network(Request(run.state.x[0, 0], times[m].expand(len(run.alive)), run.alive))
                 xi = source(m, m + 1)[:, :, run.alive.to(device)] if stochastic else None
-                x = rows.cut(m, m + 1).step(run.state.x, f[None], xi)
+                x = columns.cut(m, m + 1).step(run.state.x, f[None], xi)
                 if not all_finite(x):
                     good = x.isfinite().all(-1).all(1)[0]
                     run, x = run.without((~good).nonzero().flatten().tolist(), m), x[:, :, good]

@@ -36,7 +36,7 @@ from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
 from piadm.stopping import CAUTION, SAFETY, Changes, Rule, mean_variance, norm, on_host
 from piadm.sweep import carry, sweep
-from piadm.tables import Rows, Table
+from piadm.tables import Columns, Rows, Table
 from piadm.windows import Window
 
 
@@ -182,7 +182,7 @@ class Solver:
         self.window.check(self.table)
 
     @cached_property
-    def _rows(self) -> Rows:
+    def _columns(self) -> Columns:
         return self.table.cast(self.noise.device, self.noise.dtype)
 
     @cached_property
@@ -226,35 +226,32 @@ class Solver:
         ending = state.stop == len(self.table)
         state, f = self._sound(state, f, phi)
         placed, rule, past = state.placement, self._rule, state.spent.numpy()
-        defect, again = norm(phi - x[1:]).cpu(), len(state.x_seen)
-        residual = placed.by_step(defect / math.sqrt(_numbers(x)))
+        again, numbers = len(state.x_seen), x.shape[1] * x.shape[3]
+        size = norm(phi - x[1:]).cpu()
+        residual = placed.by_step(size / math.sqrt(numbers))
         pair = Pair.between(x[:again] - state.x_seen, f[:again] - state.f_seen, state.seen) if again else None
-        kept = None if self.target_kl is None else self._kept(self.target_kl, state, defect)
-        if kept is not None:
-            still = torch.arange(placed.count)[:, None] < torch.tensor(kept)
+        kept = None
+        if self.target_kl is not None:
+            kept = rule.kept(past[1], placed, on_host(size), state.seen.numpy(), self.target_kl)
+            still = torch.arange(placed.count)[:, None] < kept
             phi = torch.where(still.to(x.device)[:, None, :, None], x[1:], phi)
-            defect = defect.masked_fill(~still, 0.0)
+            size = size.masked_fill(~still, 0.0)
         jacobian = self.propagator.jacobian(rows, pair)
         new, change = sweep(phi, jacobian, x)
-        variance = state.variance
+        variance = state.variance.numpy()
         if kept is None:
-            changes, size = Changes.of(rows, jacobian, change, pair), self.size or x.shape[-1]
-            with np.errstate(all="ignore"):
-                along = rule.variance_along(changes, placed, state.variance.numpy(), size)
-                # a model that overflowed says nothing against a state that did not change
-                moved = np.where(changes.size == 0, 0.0, rule.misfit(changes, placed, along, size) * changes.size)
-                spent = rule.spent(past, placed, moved, _numbers(x), SAFETY, CAUTION)
-                accepted = rule.accepted(spent[0], placed, ending.numpy())
-            variance = torch.from_numpy(along[-1])
+            changes = Changes.of(rows, jacobian, change, pair)
+            defect, variance = rule.defects(changes, placed, variance, self.size or x.shape[-1])
+            spent = rule.spent(past, placed, defect, numbers, SAFETY, CAUTION)
+            accepted = rule.accepted(spent[0], placed, ending.numpy())
         else:
-            with np.errstate(all="ignore"):
-                spent = rule.spent(past, placed, on_host(defect), _numbers(x), 1.0, 1.0)
-            accepted = torch.tensor(kept) + 1
+            spent = rule.spent(past, placed, on_host(size), numbers, 1.0, 1.0)
+            accepted = kept + 1
         after = replace(
             state,
             x_seen=x[:-1],
             f_seen=f,
-            variance=variance,
+            variance=torch.from_numpy(variance),
             residual=residual,
             window=(placed.low, placed.high),
             rounds=state.rounds + 1,
@@ -281,24 +278,11 @@ class Solver:
         """
         placed = left.placement
         rows = self._rows_at(left.start, placed.count)
-        defect = norm(rows.step(left.x[:-1], placed.dense(f), left.noise) - left.x[1:]).cpu()
-        size = np.where(placed.valid.numpy(), np.nan_to_num(on_host(defect), nan=np.inf, posinf=np.inf), 0.0)
-        with np.errstate(all="ignore"):
-            spent = self._rule.spent(np.zeros_like(left.spent), placed, size, _numbers(left.x), 1.0, 1.0)
-        _, nats, drift = spent[:, -1]
+        defect = on_host(norm(rows.step(left.x[:-1], placed.dense(f), left.noise) - left.x[1:]))
+        defect = np.where(placed.valid.numpy(), np.nan_to_num(defect, nan=np.inf, posinf=np.inf), 0.0)
+        numbers = left.x.shape[1] * left.x.shape[3]
+        _, nats, drift = self._rule.spent(np.zeros_like(left.spent), placed, defect, numbers, 1.0, 1.0)[:, -1]
         return torch.from_numpy(nats), torch.from_numpy(drift)
-
-    def _kept(self, target: float, state: State, defect: Tensor) -> list[int]:
-        """How many of each sample's states stay as they are because their measured defects, `(W, S)`, are within the target."""
-        placed, rule = state.placement, self._rule
-        known = placed.of_step(rule.information)
-        with np.errstate(all="ignore"):
-            nats = state.nats.numpy() + (known * np.square(on_host(defect))).cumsum(0)
-        kept = (nats <= target * placed.of_step(rule.share)) & (known > 0)
-        # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
-        kept = kept[: len(state.seen)] & state.seen.numpy()
-        counts: list[int] = np.logical_and.accumulate(kept).sum(0).tolist()
-        return counts
 
     def prediction(self, state: State) -> Tensor:
         """Finished samples, and for the others the newest prediction of $x_0$ from their window's end, shape `(S, D)`."""
@@ -322,17 +306,17 @@ class Solver:
         if bool(failed.any()):
             samples = failed.nonzero().flatten().tolist()
             raise NonFiniteError(int(stop[failed].min()), state.rounds + 1, samples, state.start, state.finished())
-        seen = state.seen & (torch.arange(len(state.seen))[:, None] < stop - state.start)
-        state = replace(state, stop=stop, seen=seen)
-        return state, torch.where(state.placement.valid.to(f.device)[..., None], f, 0.0)
+        inside = Placement(state.start, stop, len(f)).valid
+        state = replace(state, stop=stop, seen=state.seen & inside[: len(state.seen)])
+        return state, torch.where(inside.to(f.device)[..., None], f, 0.0)
 
     def _rows_at(self, start: Tensor, count: int) -> Rows:
         """The rows of `count` steps from `start` on, those beyond the table's end being its last."""
         starts = start.tolist()
         if same(starts) and starts[0] + count <= len(self.table):
-            return self._rows.cut(starts[0], starts[0] + count)
+            return self._columns.cut(starts[0], starts[0] + count)
         index = (start + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
-        return self._rows.take(index.to(self.noise.device))
+        return self._columns.take(index.to(self.noise.device))
 
     def _advance(self, state: S, ready: Tensor, x: Tensor, spent: Numbers) -> S:
         """Moves every sample's window to where it belongs and fills the lanes that enter.
@@ -382,11 +366,6 @@ class Solver:
             jacobian = torch.where(stays[:, None], 0.0, jacobian)
         entered = carry(jacobian, torch.cat([kept[first:], offset]))
         return replace(state, x=torch.cat([kept[:first], entered]), noise=noise)
-
-
-def _numbers(x: Tensor) -> int:
-    """Of a sample's state, given `(W, k, S, D)`."""
-    return x.shape[1] * x.shape[3]
 
 
 def all_finite(values: Tensor) -> bool:

@@ -125,13 +125,13 @@ class Rule:
     tolerance: float
 
     @cached_property
-    def information(self) -> Numbers:
+    def _information(self) -> Numbers:
         """$1/(2 C_m^2)$ by step, 0 where the certificate says nothing; shape `(M,)`."""
         known = information(self.table)
         return np.zeros(len(self.table)) if known is None else known.numpy()
 
     @cached_property
-    def share(self) -> Numbers:
+    def _share(self) -> Numbers:
         """$(m + 1)/M$, shape `(M,)`."""
         return np.arange(1, len(self.table) + 1) / len(self.table)
 
@@ -145,7 +145,7 @@ class Rule:
     @cached_property
     def _allowance(self) -> Numbers:
         """What the steps up to each may cost the samples, shape `(M,)`."""
-        return self.tolerance * np.sqrt(self.share)
+        return self.tolerance * np.sqrt(self._share)
 
     @cached_property
     def _levels(self) -> tuple[Numbers, Numbers, Numbers]:
@@ -156,7 +156,18 @@ class Rule:
     def _mean_variance(self) -> float:
         return mean_variance(self.variance)
 
-    def variance_along(self, changes: Changes, placed: Placement, past: Numbers, size: float) -> Numbers:
+    def defects(self, changes: Changes, placed: Placement, past: Numbers, size: float) -> tuple[Numbers, Numbers]:
+        """$ρ_m ‖d_m‖$, shape `(W, S)`, and the variance at the window's last step, shape `(S,)`.
+
+        The arguments are those of `_variance_along`.
+        """
+        with np.errstate(all="ignore"):
+            variance = self._variance_along(changes, placed, past, size)
+            # a model that overflowed says nothing against a state that did not change
+            moved = np.where(changes.size == 0, 0.0, self._misfit(changes, placed, variance, size) * changes.size)
+        return moved, variance[-1]
+
+    def _variance_along(self, changes: Changes, placed: Placement, past: Numbers, size: float) -> Numbers:
         r"""$v$ with $α v / (α^2 v + σ^2) = ‖Δf‖ / ‖Δx‖$ at the last step evaluated twice up to each, shape `(W, S)`.
 
         Up to each, so that no step is judged by noise drawn after it, which the certificate forbids.
@@ -181,7 +192,7 @@ class Rule:
         last = np.maximum.accumulate(last)
         return np.where(last > 0, out[np.maximum(last - 1, 0), np.arange(out.shape[1])], out)
 
-    def misfit(self, changes: Changes, placed: Placement, variance: Numbers, size: float) -> Numbers:
+    def _misfit(self, changes: Changes, placed: Placement, variance: Numbers, size: float) -> Numbers:
         """$ρ_m$, the error of $J_m$ for each unit of change, shape `(W, S)`.
 
         `variance`: that of the Gaussian model; `size`: $D$.
@@ -205,16 +216,17 @@ class Rule:
         defects are multiplied by `safety` for the samples' error, by `caution` for the law's. `past`: before the window,
         `(3, S)`; `numbers`: $k D$.
         """
-        known, cost = placed.of_step(self.information), placed.of_step(self._weights) * defect
-        cost *= safety / math.sqrt(numbers)
+        known, weights = placed.of_step(self._information), placed.of_step(self._weights)
         out = np.empty((3, len(defect) + 1, defect.shape[1]))
         out[:, 0] = past
-        out[0, 1:] = cost
-        out[1, 1:] = np.where(known > 0, known * np.square(caution * defect), 0.0)
-        out[2, 1:] = np.where(known > 0, 0.0, cost)
-        sums = out[:, 1:].cumsum(1)
-        np.hypot(sums[::2], past[::2, None], out=out[::2, 1:])
-        np.add(sums[1], past[1], out=out[1, 1:])
+        with np.errstate(all="ignore"):
+            cost = safety / math.sqrt(numbers) * (weights * defect)
+            out[0, 1:] = cost
+            out[1, 1:] = np.where(known > 0, known * np.square(caution * defect), 0.0)
+            out[2, 1:] = np.where(known > 0, 0.0, cost)
+            sums = out[:, 1:].cumsum(1)
+            np.hypot(sums[::2], past[::2, None], out=out[::2, 1:])
+            np.add(sums[1], past[1], out=out[1, 1:])
         return out
 
     def accepted(self, error: Numbers, placed: Placement, ending: Mask) -> Tensor:
@@ -226,9 +238,22 @@ class Rule:
         left = len(self.table) - np.array(placed.starts)
         far = np.arange(1, len(after) + 1)[:, None] / np.maximum(left, 1)
         part = np.where(ending, np.maximum(far**3, ENDING), 1.0)
-        within = after * after <= before * before + part * (allowed * allowed - before * before)
+        with np.errstate(all="ignore"):
+            within = after * after <= before * before + part * (allowed * allowed - before * before)
         within[0] = True
         return torch.from_numpy(np.logical_and.accumulate(within).sum(0))
+
+    def kept(self, nats: Numbers, placed: Placement, defect: Numbers, seen: Mask, target: float) -> Tensor:
+        """How many states of each sample stay as they are because their measured defects are within the target, `(S,)`.
+
+        `nats`: what was spent of it before the window, `(S,)`; `defect`: norms, `(W, S)`.
+        """
+        known = placed.of_step(self._information)
+        with np.errstate(all="ignore"):
+            total = nats + (known * np.square(defect)).cumsum(0)
+        within = (total <= target * placed.of_step(self._share)) & (known > 0)
+        # the state after a step not swept yet may lack that step's noise: its defect looks at what is not drawn yet
+        return torch.from_numpy(np.logical_and.accumulate(within[: len(seen)] & seen).sum(0))
 
 
 def norm(values: Tensor) -> Tensor:

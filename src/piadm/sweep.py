@@ -4,8 +4,7 @@ The change $d_m = x^{new}_m - x_m$ obeys $d_{m+1} = r_m + J_m d_m$ with the defe
 $d_0 = 0$. A loop over the steps has the least memory traffic, and up to some tens of steps the fewest operator calls; beyond
 them, and where states are small, it is run at once in $\sqrt W$ stretches of $\sqrt W$ steps, and once more from stretch to
 stretch. That multiplies neighbouring $J$ and never divides by a product of them, so products that vanish lose nothing. Both end
-with $x^{new}_{m+1} = Φ_m(x_m) + J_m d_m$, so where
-$d_m = 0$ the step is $Φ_m$ to the last bit.
+with $x^{new}_{m+1} = Φ_m(x_m) + J_m d_m$, so where $d_m = 0$ the step is $Φ_m$ to the last bit.
 """
 
 from __future__ import annotations

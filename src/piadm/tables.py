@@ -40,6 +40,19 @@ class Columns:
     sigma: Tensor
     growth: Tensor
 
+    def take(self, index: Tensor) -> Rows:
+        """The steps `(W, S|1)`."""
+
+        def pick(values: Tensor) -> Tensor:
+            picked = values[..., 0, 0][index]  # (W, S, *entries)
+            return picked.movedim(1, -1).unsqueeze(-1)
+
+        return Rows(self, pick)
+
+    def cut(self, first: int, last: int) -> Rows:
+        """The steps from `first` up to but excluding `last`: views."""
+        return Rows(self, lambda values: values[first:last])
+
     @cached_property
     def inverse(self) -> Tensor:
         """$1/α$."""
@@ -57,7 +70,7 @@ class Columns:
 
 
 class Rows:
-    """The arithmetic of some steps, `W` of them, on states `(W, k, S, D)`.
+    """The arithmetic of some steps of a table, `W` of them, on states `(W, k, S, D)`.
 
     Arguments:
         columns: The table's.
@@ -121,19 +134,6 @@ class Rows:
             return _gaussian_gain(self.alpha, self.sigma, variance)
         return self._act(self._columns.gaussian_gain(variance))
 
-    def take(self, index: Tensor) -> Rows:
-        """Of a whole table those at steps `(W, S|1)`."""
-
-        def pick(values: Tensor) -> Tensor:
-            picked = values[..., 0, 0][index]  # (W, S, *entries)
-            return picked.movedim(1, -1).unsqueeze(-1)
-
-        return Rows(self._columns, pick)
-
-    def cut(self, first: int, last: int) -> Rows:
-        """Of a whole table those from `first` up to but excluding `last`: views."""
-        return Rows(self._columns, lambda values: values[first:last])
-
 
 def _gaussian_gain(alpha: Tensor, sigma: Tensor, variance: float | Tensor) -> Tensor:
     scaled = alpha * variance
@@ -192,10 +192,9 @@ class Table:
         """Whether any step draws noise."""
         return bool((self.C != 0).any())
 
-    def cast(self, device: torch.device, dtype: torch.dtype) -> Rows:
-        """All rows on a device and in a dtype, to be cut by `Rows.take` or `Rows.cut`."""
+    def cast(self, device: torch.device, dtype: torch.dtype) -> Columns:
+        """All rows on a device and in a dtype."""
         scale = (self.alpha**2 + self.sigma**2).sqrt()
         values = self.A, self.B, self.C, self.alpha[:-1], self.sigma[:-1], scale[1:] / scale[:-1]
         A, B, C, alpha, sigma, growth = (value.to(device, dtype)[..., None, None] for value in values)
-        columns = Columns(A, B, C if self.stochastic else None, alpha, sigma, growth)
-        return Rows(columns, lambda values: values)
+        return Columns(A, B, C if self.stochastic else None, alpha, sigma, growth)

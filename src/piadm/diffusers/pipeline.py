@@ -161,10 +161,11 @@ class Parallelized:
     def _call(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         pipe, self.last_result = self.pipe, None
         bound = inspect.signature(call).bind(pipe, *args, **kwargs)
-        self._check({**_defaults(bound.signature), **getattr(pipe, "config", {}), **_named(bound)})
+        named = _named(bound)
+        self._check({**_defaults(bound.signature), **getattr(pipe, "config", {}), **named})
         if self.settings.window == 1:
             return self._sequentially(call, bound)
-        generators = [one for one in read_generators(_named(bound).get("generator")) if one is not None]
+        generators = [one for one in read_generators(named.get("generator")) if one is not None]
         rewind = _rewinder(generators)
         try:
             return self._in_parallel(call, bound)

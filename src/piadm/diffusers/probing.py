@@ -413,7 +413,7 @@ def _verify(scheduler: Any, found: Probe, options: Mapping[str, Any]) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     table, known = found.table, _Known()
-    rows = table.cast(torch.device("cpu"), torch.float64)
+    columns = table.cast(torch.device("cpu"), torch.float64)
     x = torch.randn(SHAPE, generator=generator, dtype=torch.float64) * float((table.alpha[0] ** 2 + table.sigma[0] ** 2).sqrt())
     state = torch.cat([x.reshape(1, -1), x.new_zeros(table.components - 1, x.numel())])[None, :, None]
     for m, t in enumerate(found.times):
@@ -422,7 +422,7 @@ def _verify(scheduler: Any, found: Probe, options: Mapping[str, Any]) -> None:
         if found.clipping is not None:
             f = clipped(scheduler, f, found.clipping[m])
         noise = torch.cat([xi.reshape(1, -1), xi.new_zeros(table.components - 1, xi.numel())])[None, :, None]
-        state = rows.take(torch.tensor([[m]])).step(state, f.reshape(1, 1, -1), noise)
+        state = columns.take(torch.tensor([[m]])).step(state, f.reshape(1, 1, -1), noise)
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)
         known.noise = xi

@@ -314,7 +314,7 @@ class Run:
         self.noise = SchedulerNoise(self.plain, self.probe, output, sample, options, dtype)
         self.options = options
         self.solver = self._solver(self.noise, len(sample))
-        self.rows = self.probe.table.cast(sample.device, dtype)
+        self.columns = self.probe.table.cast(sample.device, dtype)
         x = sample.to(dtype).reshape(len(sample), -1)
         self.slices.open(self.probe.table, x, self._size, self._lanes.width)
         self.state = self.solver.init(x)
@@ -502,7 +502,7 @@ class Run:
             self._pinned[step] = now
         for step in [step for step in self._pinned if step < int(state.start.min())]:
             del self._pinned[step]
-        rows = self.rows.take(self._steps)
+        rows = self.columns.take(self._steps)
         without = rows.step(state.x[:-1], torch.zeros_like(f), state.noise)[:, 0]
         nothing = torch.zeros_like(f[0], dtype=torch.bool), torch.zeros_like(f[0])
         after = [self._pinned.get(step, nothing) for step in (self.steps + 1).tolist()]

@@ -109,7 +109,7 @@ def draw_propagators(file: Path, steps: int) -> None:
 
 def draw_convergence(file: Path, steps: int) -> None:
     """The convergence map of one digit."""
-    sampler = piadm.Parallel(piadm.models.load("digits"), piadm.DDPM(steps=steps), window=max(1, steps // 8))
+    sampler = piadm.Parallel(piadm.models.load("digits"), piadm.DDPM(steps=steps), window=max(1, steps // 8), merge=False)
     result = sampler((1, 1, 8, 8), generator=torch.Generator().manual_seed(0), label=torch.tensor([7]))
     residuals = [row.tolist() for row in result.residuals]
     figure = pictures.convergence(steps, result.windows, residuals, (6.4, 3.4))
@@ -120,7 +120,7 @@ def draw_convergence(file: Path, steps: int) -> None:
 def draw_emerging(file: Path, steps: int) -> None:
     """What the window's last step predicts of four samples, round by round; the last column is what came of it."""
     film = Film(piadm.models.load("fashion"))
-    sampler = piadm.Parallel(film, piadm.DDPM(steps=steps), window=max(1, steps // 8))
+    sampler = piadm.Parallel(film, piadm.DDPM(steps=steps), window=max(1, steps // 8), merge=False)
     conditions = {"label": torch.tensor([7, 9, 8, 2]), **film.condition(4)}
     result = sampler((4, 1, 28, 28), generator=torch.Generator().manual_seed(1), callback=film.callback, **conditions)
     frames = film.tensors(result.rounds, result.samples)

@@ -23,7 +23,8 @@ def test_compare_holds_every_method_to_the_same_final_error(tmp_path):
     assert rows["Sequential"]["rounds"] == 50
     for name, row in rows.items():
         assert row["rounds"] <= 50 or name == "SRDS"
-        assert 1 <= row["evaluations a step"] <= row["rounds"] * row["rows"] / 50
+        least = 0 if name == "piadm.Parallel" else 1  # whose steps may share an evaluation
+        assert least < row["evaluations a step"] + 1e-9 <= row["rounds"] * row["rows"] / 50 + 1e-9
         assert row["time"] > 0
     assert all(rows[name]["rows"] == 8 for name in ("piadm.Parallel", "ParaDiGMS", "ParaTAA", "ParaSolver"))
     assert (tmp_path / "compare.png").stat().st_size > 10_000

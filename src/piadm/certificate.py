@@ -96,7 +96,7 @@ def information(table: Table) -> Tensor | None:
 
     With several components $C_m$ stands for its smallest singular value, whose bound is above the exact one.
     """
-    scale = torch.linalg.svdvals(table.C)[:, -1]
+    scale = table.noise_scale
     noisy = scale > 0
     last = int(noisy.sum())
     if last == 0 or not bool(noisy[:last].all()):

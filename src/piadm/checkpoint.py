@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piadm.merged import Merger
 from piadm.solver import State
 from piadm.speculative import Speculation
 from piadm.tuning import Guarded
 
-FORMAT, VERSION = "piadm checkpoint", 3
+FORMAT, VERSION = "piadm checkpoint", 4
 SAMPLE_AXIS = {
     "start": 0,
     "stop": 0,
@@ -42,10 +43,11 @@ SAMPLE_AXIS = {
     "mean": 2,
     "accepted": 0,
     "rejected": 0,
+    "missed": 1,
 }
 """The axis of a state's tensors along which samples lie."""
-KINDS = {"State": State, "Speculation": Speculation}
-ON_CPU = ("start", "stop", "seen", "spent", "variance", "residual", "evaluations", "accepted", "rejected")
+KINDS = {"State": State, "Speculation": Speculation, "Merger": Merger}
+ON_CPU = ("start", "stop", "seen", "spent", "variance", "residual", "evaluations", "accepted", "rejected", "missed")
 """Those of them that live on the CPU, wherever the others do."""
 
 
@@ -152,7 +154,7 @@ class Checkpoint:
     def finished(self) -> Tensor:
         """How many steps each sample of the batch has finished, shape `(S,)`."""
         out = torch.zeros(self.shape[0], dtype=torch.long)
-        out[self.alive] = self.state.start
+        out[self.alive] = self.state.reached
         for failure in self.failures:
             out[failure.sample] = failure.finished
         return out
@@ -171,11 +173,12 @@ class Checkpoint:
         """The run goes on without some rows of `state`, which broke at `step` in the round to come."""
         state = self.state
         gone = tuple(
-            Failure(int(self.alive[s]), step, state.rounds + 1, int(state.start[s]), state.x[0, 0, s].clone()) for s in samples
+            Failure(int(self.alive[s]), step, state.rounds + 1, int(state.reached[s]), state.x[0, 0, s].clone())
+            for s in samples
         )
         keep = torch.tensor([s for s in range(len(self.alive)) if s not in samples], dtype=torch.long)
         left = take(state, keep)
-        left = replace(left, done=bool((left.start == self.steps).all()))
+        left = replace(left, done=bool((left.reached == self.steps).all()))
         failures, audit = self.failures + gone, self.audit.take(keep)
         return replace(self, state=left, alive=self.alive[keep], failures=failures, audit=audit)
 
@@ -294,7 +297,9 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")
     }
     entries.update({name.removeprefix("state."): value for name, value in header["state"].items()})
-    state = KINDS[header["kind"]](**{**entries, "window": tuple(entries["window"])})
+    state = KINDS[header["kind"]](
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
+    )
     alive = tensors["alive"]
     for name, value in state.parts().items():
         if isinstance(value, Tensor) and value.shape[SAMPLE_AXIS[name]] != len(alive):

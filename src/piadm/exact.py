@@ -68,7 +68,7 @@ class Exact(Parallel):
         max_memory: float | None = None,
     ) -> None:
         how: dict[str, Any] = {"propagator": propagator, "window": window, "max_rounds": max_rounds, "fill": fill}
-        super().__init__(denoiser, scheme, max_memory=max_memory, **how)
+        super().__init__(denoiser, scheme, max_memory=max_memory, merge=False, **how)
         require_positive("threshold", threshold, f"threshold={THRESHOLD}")
         check_speculative(self.table, self.window, scheme)
         self.threshold = threshold

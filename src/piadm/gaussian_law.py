@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from piadm.errors import require
+from piadm.merged import MergingSolver
 from piadm.noise import Noise
 from piadm.samplers import Parallel
 from piadm.schedules import Schedule
@@ -99,6 +100,8 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
     target = None if sampler.target_kl is None else sampler.target_kl * (per_coordinate / size)
     policies = sampler.propagator, sampler.window, sampler.fill, sampler.tolerance, told.variance
     solver = Solver(table, noise, *policies, target_kl=target, keep=sampler.audit, size=size)
+    if sampler.merged is not None:
+        solver = MergingSolver(table, noise, *policies, size=size, first=sampler.merged, mean=0.0)
     denoiser = Gaussian(0.0, variance.repeat_interleave(noise.count), schedule=told.schedule)
 
     def network(request: Request) -> Tensor:

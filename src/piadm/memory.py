@@ -136,7 +136,7 @@ def divide(max_memory: float, device: torch.device, row: int, lane: int, lanes: 
     return lanes, (room - lanes * lane) // row
 
 
-def require_fit(window: int, fitting: int, row: int, lane: int, max_memory: float) -> None:
-    """Refuses a window that the user gave and of which only `fitting` steps fit; `row` and `lane` as in `divide`."""
-    right = f"give at most {fitting}, or max_memory of about {window * lane + max(window * lane, row)} bytes"
-    require(fitting >= window, "window", window, f"does not fit in max_memory={max_memory}: {right}")
+def require_fit(window: int, lanes: int, fitting: int, row: int, lane: int, max_memory: float) -> None:
+    """Refuses a window that the user gave, of so many `lanes`, where only `fitting` of them fit; the rest as in `divide`."""
+    right = f"give at most {fitting}, or max_memory of about {lanes * lane + max(lanes * lane, row)} bytes"
+    require(fitting >= lanes, "window", window, f"does not fit in max_memory={max_memory}: {right}")

@@ -35,8 +35,12 @@ class NoiseSource(Protocol):
     def __call__(self, first: int, last: int) -> Tensor:
         """$ξ_m$ for $m$ from `first` up to but excluding `last`, shape `(last - first, k, S, D)`; not to be written to."""
 
+
+class UniformSource(NoiseSource, Protocol):
+    """What solvers that test need."""
+
     def uniform(self, first: int, last: int) -> Tensor:
-        """$u_m$, uniform on [0, 1), likewise, shape `(last - first, S)`; for solvers that test."""
+        """$u_m$, uniform on [0, 1), likewise, shape `(last - first, S)`."""
 
 
 AT_ONCE = 16384

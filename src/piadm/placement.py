@@ -18,6 +18,7 @@ from torch import Tensor
 # what is known of steps and lanes, on the host
 Numbers = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ def ask_again(run: Checkpoint, times: Tensor, network: Network, schedule: Schedu
     """
     state = run.state
     lane, sample = state.seen.nonzero()[:2].unbind(1)
-    step = state.start[sample] + lane
+    step = state.step_of(lane, sample)
     x, f = state.x_seen[lane, 0, sample], state.f_seen[lane, sample]
     again = network(Request(x, times[step].to(x.device), run.alive[sample]))
     level = schedule.alpha(times[step]).clamp(min=1e-3).to(x)[:, None]

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -27,15 +28,18 @@ from piadm.fingerprint import fingerprint
 from piadm.fixed import FixedBatch
 from piadm.inputs import check_moments, check_noise, read_home, read_shape
 from piadm.memory import divide, lane_bytes, require_fit, require_limit, row_bytes
+from piadm.merged import MergingSolver
+from piadm.merging import MergedTable, first_grid, merge
 from piadm.noise import GeneratorLike, Noise
 from piadm.progress import progress_bar
-from piadm.propagators import Propagator, Secant
+from piadm.propagators import Gaussian, Propagator, Secant
 from piadm.repeatable import ask_again
 from piadm.replicas import Replicas
 from piadm.result import Result
 from piadm.schemes import Scheme
 from piadm.sharded import Sharded, sharding
 from piadm.solver import Request, Solver, State, all_finite
+from piadm.stopping import mean_variance
 from piadm.tables import Table
 from piadm.tuning import Guarded, Tuner, sizes, timing
 from piadm.windows import Sliding, Window, width
@@ -264,6 +268,10 @@ class Parallel(_Sampler):
         max_memory: Bytes that a run may take besides the network's weights, or a fraction of the device's memory (`0.5`).
             Rounds are cut into calls that fit, by the measured cost of a row, and so is the window `"auto"`; one that was
             given and does not fit is refused. A few rows are evaluated in each run to see. See `piadm.memory`.
+        merge: Whether steps may share an evaluation where the tolerance allows it: a window then holds so many evaluated steps
+            and all between them. See `piadm.merging`. Every step is evaluated with `target_kl` or `audit`, in a window of 1 or
+            one that does not slide, with another propagator than `Secant` or `Gaussian` or another fill than `Jump`, on schemes
+            of several components, and where merging would leave more than half of the steps.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any network call (`max_memory`: after a few rows).
@@ -272,7 +280,7 @@ class Parallel(_Sampler):
     """
 
     _kind = "parallel"
-    _settings: tuple[str, ...] = ("propagator", "window", "fill", "tolerance", "target_kl", "audit")
+    _settings: tuple[str, ...] = ("propagator", "window", "fill", "tolerance", "target_kl", "audit", "merge")
 
     def __init__(
         self,
@@ -287,6 +295,7 @@ class Parallel(_Sampler):
         target_kl: float | None = None,
         audit: bool | None = None,
         max_memory: float | None = None,
+        merge: bool = True,
     ) -> None:
         super().__init__(denoiser, scheme)
         require_positive("tolerance", tolerance, "tolerance=1e-2")
@@ -310,7 +319,7 @@ class Parallel(_Sampler):
             )
             require(hides is None, asked, given, remedy)
         self.max_memory = max_memory
-        self.tolerance, self.max_rounds = tolerance, max_rounds
+        self.tolerance, self.max_rounds, self.merge = tolerance, max_rounds, merge
         wanted = {"propagator": ("check", "jacobian"), "window": ("check", "advance"), "fill": ("model",)}
         for name, methods in wanted.items():
             policy = getattr(self, name)
@@ -333,6 +342,7 @@ class Parallel(_Sampler):
     def __repr__(self) -> str:
         goal = f"tolerance={self.tolerance:g}" if self.target_kl is None else f"target_kl={self.target_kl:g}"
         how = f"propagator={self.propagator}, window={self.window if self._tuner is None else 'auto'!r}, {goal}"
+        how += "" if self.merge else ", merge=False"
         return f"{type(self).__name__}({self.denoiser!r}, {self.scheme!r}, {how})"
 
     @torch.no_grad()
@@ -446,7 +456,7 @@ class Parallel(_Sampler):
     def _result(self, run: Checkpoint, solver: Solver) -> Callable[[Tensor], Result]:
         state = run.state
         # of a sample cut short nothing is known beyond its accepted steps
-        short = state.start < len(self.table)
+        short = state.reached < len(self.table)
         return lambda samples: Result(
             samples=samples,
             steps=len(self.table),
@@ -473,6 +483,7 @@ class Parallel(_Sampler):
         """A run in the window, and in calls, that fit in memory, and of those the fastest if that is asked for."""
         shape, home, dtype = self._read(shape, generator, noise, condition)
         samples, steps = shape[0], len(self.table)
+        evaluated = steps if self.merged is None else len(self.merged)
         trial = _Trial(self.table, _Network(self._executor, shape[1:], samples, condition), home, dtype)
         largest, most = self._room(trial)
         choice, window = None, self.window
@@ -480,7 +491,7 @@ class Parallel(_Sampler):
             tried = sizes(samples, steps, most)
             key = (shape, tuple(tried), dtype, home, torch.get_num_threads(), *sorted(condition))
             measured = timing(self.denoiser, key, trial, tried, steps)
-            choice = self._tuner.choose(measured, steps, samples, largest, most)
+            choice = self._tuner.choose(measured, steps, evaluated, samples, largest, most)
             most = choice.rows
             window = Guarded(choice.window, measured.at(choice.window * samples, most) / measured.at(samples, most))
         one_by_one = choice is not None and choice.window == 1 and self.max_rounds is None
@@ -488,19 +499,19 @@ class Parallel(_Sampler):
         result = sampler(shape, generator=generator, noise=noise, **rest, **condition)
         self._repeatable = self._repeatable or sampler._repeatable
         if self._tuner is not None and choice is not None and choice.window > 1 and result.converged:
-            self._tuner.learn(steps, choice.window, result.rounds, result.seconds - result.network_seconds)
+            self._tuner.learn(evaluated, choice.window, result.rounds, result.seconds - result.network_seconds)
         return replace(result, choice=choice)
 
     def _room(self, trial: _Trial) -> tuple[int, int | None]:
         """The largest window, and the most rows in a call (`None`: any number), that fit in memory."""
-        widest = width(self.window, self.table)
+        widest = width(self.window, self.merged or self.table)
         if self.max_memory is None:
             return widest, None
         home = trial.start.device
-        lane, row = lane_bytes(self.table, trial.start), row_bytes(trial, home)
+        lane, row = lane_bytes(self.merged or self.table, trial.start), row_bytes(trial, home)
         fitting, most = divide(self.max_memory, home, row, lane, widest)
         if self._tuner is None:
-            require_fit(widest, fitting, row, lane, self.max_memory)
+            require_fit(width(self.window, self.table), widest, fitting, row, lane, self.max_memory)
         return fitting, most
 
     def _cut(self, window: Window | None, rows: int | None) -> Parallel | Sequential:
@@ -513,8 +524,21 @@ class Parallel(_Sampler):
         chosen.window, chosen._executor = window, executor
         return chosen
 
+    @cached_property
+    def merged(self) -> MergedTable | None:
+        """The merged steps to begin with; `None` where every step is evaluated."""
+        window, usual = self.window, isinstance(self.propagator, Secant | Gaussian) and isinstance(self.fill, Jump)
+        measured = self.target_kl is not None or self.audit
+        if measured or not (self.merge and usual and isinstance(window, Sliding) and window.size != 1):
+            return None
+        variance = mean_variance(self.denoiser.variance)
+        grid = first_grid(self.table, variance, self.tolerance)
+        return None if grid is None else merge(self.table, grid, variance)
+
     def _solver(self, noise: Noise) -> Solver:
         policies = self.propagator, self.window, self.fill, self.tolerance, self.denoiser.variance
+        if self.merged is not None:
+            return MergingSolver(self.table, noise, *policies, first=self.merged, mean=self.denoiser.mean)
         return Solver(self.table, noise, *policies, target_kl=self.target_kl, keep=self.audit)
 
     def _certificate(self, state: State, audit: Audit, short: Tensor) -> Certificate:

@@ -31,7 +31,7 @@ from torch import Tensor
 from piadm.errors import NonFiniteError
 from piadm.fills import Fill
 from piadm.noise import NoiseSource
-from piadm.placement import Numbers, Placement, pick, same
+from piadm.placement import Mask, Numbers, Placement, pick, same
 from piadm.propagators import Pair, Propagator
 from piadm.result import Acceptance
 from piadm.stopping import CAUTION, SAFETY, Changes, Rule, mean_variance, norm, on_host
@@ -141,6 +141,15 @@ class State:
         """The part of `error` that the certificate's divergence leaves out, shape `(S,)`."""
         return self.spent[2]
 
+    @property
+    def reached(self) -> Tensor:
+        """How many of the sequential scheme's steps are finished, per sample, shape `(S,)`, on the CPU."""
+        return self.start
+
+    def step_of(self, lane: Tensor, sample: Tensor) -> Tensor:
+        """Which of the sequential scheme's steps some lanes of some samples hold; all of one shape, on the CPU."""
+        return self.start[sample] + lane
+
     def finished(self) -> Tensor:
         """The last finished state of every sample, shape `(S, D)`."""
         return self.x[0, 0]
@@ -193,6 +202,11 @@ class Solver:
     def _rule(self) -> Rule:
         return Rule(self.table, self.variance, self.tolerance)
 
+    @property
+    def _safety(self) -> float:
+        """What estimated defects are multiplied by."""
+        return SAFETY
+
     def init(self, x: Tensor) -> State:
         """The state before the first round, from starting states of shape `(S, D)`."""
         empty = State.begin(x, self.table, self.variance, self.size)
@@ -242,11 +256,11 @@ class Solver:
         if kept is None:
             changes = Changes.of(rows, jacobian, change, pair)
             defect, variance = rule.defects(changes, placed, variance, self.size or x.shape[-1])
-            spent = rule.spent(past, placed, defect, numbers, SAFETY, CAUTION)
-            accepted = rule.accepted(spent[0], placed, ending.numpy())
+            spent = rule.spent(past, placed, defect, numbers, self._safety, CAUTION)
+            accepted, settled = self._settle(state, f, spent, ending.numpy())
         else:
             spent = rule.spent(past, placed, on_host(size), numbers, 1.0, 1.0)
-            accepted = kept + 1
+            accepted, settled = kept + 1, {}
         after = replace(
             state,
             x_seen=x[:-1],
@@ -258,6 +272,7 @@ class Solver:
             evaluations=evaluations,
             newest=placed.at_last(f),
             left=None,
+            **settled,
         )
         # a finished sample has no lanes; its accepted count of 1 is clamped to the table's end
         after = self._advance(after, (state.start + accepted).minimum(state.stop), new, spent)
@@ -268,6 +283,17 @@ class Solver:
             return after
         noise = None if state.noise is None else state.noise[:gone]
         return replace(after, left=replace(state, stop=after.start, x=new[: gone + 1], noise=noise, left=None))
+
+    def _settle(self, state: State, f: Tensor, spent: Numbers, ending: Mask) -> tuple[Tensor, dict[str, Any]]:
+        """How many steps of each sample are finished, shape `(S,)`, and entries of the state that this changes.
+
+        Arguments:
+            state: Before the round.
+            f: The round's answers, `(W, S, D)`.
+            spent: What the steps cost, as `Rule.spent` returns it.
+            ending: Whose windows have reached the table's end.
+        """
+        return self._rule.accepted(spent[0], state.placement, ending), {}
 
     def measure(self, left: State, f: Tensor) -> tuple[Tensor, Tensor]:
         r"""The defects of steps that have left, measured, given the network's answers to `request(left)`.

@@ -48,6 +48,7 @@ import torch
 from torch import Tensor
 
 from piadm.errors import require
+from piadm.noise import UniformSource
 from piadm.placement import pick
 from piadm.propagators import Pair
 from piadm.result import Acceptance
@@ -111,6 +112,7 @@ class SpeculativeSolver(Solver):
         threshold: $θ$.
     """
 
+    noise: UniformSource
     threshold: float = field(kw_only=True)
 
     def __post_init__(self) -> None:

@@ -133,7 +133,7 @@ class Rule:
     @cached_property
     def _share(self) -> Numbers:
         """$(m + 1)/M$, shape `(M,)`."""
-        return np.arange(1, len(self.table) + 1) / len(self.table)
+        return self.table.share.double().numpy()
 
     @cached_property
     def _weights(self) -> Numbers:

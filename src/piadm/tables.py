@@ -192,6 +192,17 @@ class Table:
         """Whether any step draws noise."""
         return bool((self.C != 0).any())
 
+    @property
+    def share(self) -> Tensor:
+        """How far each step is on the way, $(m + 1)/M$, shape `(M,)`."""
+        return torch.arange(1, len(self) + 1) / torch.tensor(float(len(self)), dtype=torch.float64)
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """The smallest singular value of $C_m$, shape `(M,)`."""
+        values: Tensor = torch.linalg.svdvals(self.C)
+        return values[:, -1]
+
     def cast(self, device: torch.device, dtype: torch.dtype) -> Columns:
         """All rows on a device and in a dtype."""
         scale = (self.alpha**2 + self.sigma**2).sqrt()

@@ -1,7 +1,8 @@
 r"""The window, from measurement: the one in which a run is predicted to take least time.
 
-A run of $M$ steps in a sliding window of $W$ needs $M/W$ rounds to pass over the steps and $c$ more to converge, many of them
-when the window nears the end and is no longer full. For $S$ samples and a network that takes $t(R)$ for $R$ rows it takes about
+A run that evaluates $M$ steps in a sliding window of $W$ needs $M/W$ rounds to pass over the steps and $c$ more to converge,
+many of them when the window nears the end and is no longer full. For $S$ samples and a network that takes $t(R)$ for $R$ rows
+it takes about
 
 $$ T(W) = \frac{M}{W} t(W S) + c\, t(θ W S) + \Big( \frac{M}{W} + c \Big) o, \qquad θ = \frac34 - \frac12 \sqrt{W/M}, $$
 
@@ -141,16 +142,17 @@ class Tuner:
         self.extra, self.own = EXTRA, OWN
 
     def learn(self, steps: int, window: int, rounds: int, own: float) -> None:
-        """From a complete run: its rounds, and the seconds in which the network did not run."""
+        """From a complete run that evaluated so many steps: its rounds, and the seconds in which the network did not run."""
         self.extra = max(1.0, rounds - steps / window)
         self.own = own / rounds
 
-    def choose(self, timing: Timing, steps: int, samples: int, largest: int, most: int | None) -> Choice:
+    def choose(self, timing: Timing, steps: int, evaluated: int, samples: int, largest: int, most: int | None) -> Choice:
         """The fastest window.
 
         Arguments:
             timing: The network's.
-            steps: $M$.
+            steps: Those of the sequential sampler.
+            evaluated: $M$: as many, or fewer where steps share an evaluation.
             samples: $S$.
             largest: The largest window that fits in memory.
             most: Most rows in a call that do.
@@ -158,11 +160,11 @@ class Tuner:
         rows = timing.slice(most)
         sequential = steps * timing.at(samples, most)
         best = Choice(1, rows, sequential, sequential)
-        for window in _powers(2, largest):
-            passing = steps / window
+        for window in _powers(2, min(largest, evaluated)):
+            passing = evaluated / window
             if passing + self.extra >= steps:
                 continue
-            narrow = max(1.0, (0.75 - 0.5 * math.sqrt(window / steps)) * window)
+            narrow = max(1.0, (0.75 - 0.5 * math.sqrt(window / evaluated)) * window)
             network = passing * timing.at(window * samples, most) + self.extra * timing.at(narrow * samples, most)
             seconds = network + (passing + self.extra) * self.own
             if seconds < best.seconds:

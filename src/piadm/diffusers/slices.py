@@ -87,5 +87,5 @@ class Slices:
             self.costs[key] = row_bytes(lambda lanes: call(slice(0, lanes)), self.device)
         row = self.costs[key]
         fitting, most = divide(max_memory, self.device, row, self.lane, self.window)
-        require_fit(self.window, fitting, row, self.lane, max_memory)
+        require_fit(self.window, self.window, fitting, row, self.lane, max_memory)
         return most

@@ -1,0 +1,321 @@
+r"""Rounds on merged steps: `Solver` on a table that `piadm.merging` makes, and makes anew where too much was merged.
+
+To whoever drives it, it is a solver of the sequential scheme's own table: steps are counted as there. Within, a window's lanes
+are merged steps. Where the stopping rule would accept one that misses by more than its part, it and those like it are cut into
+pieces, for all samples, and the window is filled again: new anchors get a remainder $e$ on the line through the two old ones
+before, so that nothing depends on later noise, and what the network said at the old ones is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piadm.errors import NonFiniteError
+from piadm.merging import MISSED, SHARE, Grid, MergedNoise, MergedTable, Worth, merge
+from piadm.placement import Mask, Numbers
+from piadm.solver import Request, Solver, State
+from piadm.stopping import mean_variance, norm, on_host
+from piadm.tables import Rows, mix
+
+LEFT_OVER = 0.25
+"""What rounds leave of errors is held to the stopping rule with this part of its `SAFETY`: merging leaves more. At one final
+error `digits`, DDPM 1000, window 128, took 13 to 16 rounds with all of it, 10 to 12 so."""
+
+UNEVEN = 4.0
+"""How many times its equal part of what is left a merged step may take, in squares."""
+
+SPENT = 0.8
+"""A merged step that is cut when so much of what merging may cost is spent, in squares, ends all merging."""
+
+PIECES = 8
+"""Into how many pieces a merged step is cut at once, at most."""
+
+LEADING = 0.25
+"""The variance along misses before any is known, as a part of all: about what images have along their leading direction (0.29
+on Fashion-MNIST, 0.15 on scikit-learn's digits)."""
+
+FADING = 1.5
+"""The estimate of the variance along misses is the largest one seen, which falls like this power of $σ^2/α^2$."""
+
+
+@dataclass(frozen=True, eq=False)
+class Merger(State):
+    r"""Everything between two rounds. `start`, `stop` and the lanes count merged steps.
+
+    Attributes:
+        anchors: As in `piadm.merging.Grid`.
+        missed: What merging has cost each sample, rms; the newest $‖p‖$ at its first unfinished step; and the data's variance
+            along such misses; shape `(3, S)`, float64, on the CPU.
+        split: Merged steps that miss by too much, and into how many pieces they are to be cut.
+    """
+
+    anchors: tuple[int, ...]
+    missed: Tensor
+    split: tuple[tuple[int, int], ...]
+
+    @property
+    def error(self) -> Tensor:
+        return torch.hypot(self.spent[0], self.missed[0])
+
+    @property
+    def reached(self) -> Tensor:
+        return torch.tensor(self.anchors)[self.start]
+
+    def step_of(self, lane: Tensor, sample: Tensor) -> Tensor:
+        return torch.tensor(self.anchors)[super().step_of(lane, sample)]
+
+
+@dataclass(frozen=True, eq=False)
+class Merged(Solver):
+    """The solver of one grid's merged steps.
+
+    Arguments:
+        table: Theirs.
+        budget: What merging may cost, rms.
+        worth: What errors are worth in the end.
+        mean: The data's, a number or of one sample's size.
+    """
+
+    table: MergedTable
+    budget: float = field(kw_only=True)
+    worth: Worth = field(kw_only=True)
+    mean: float | Tensor = field(kw_only=True)
+
+    @property
+    def _safety(self) -> float:
+        return LEFT_OVER * super()._safety
+
+    @cached_property
+    def _host(self) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
+        """Per row: $|β|$, how many merged ones there are from it on, length over that before, nats of $‖p‖^2$, how it fades."""
+        reach, lengths = self.table.reach, self.table.lengths.double()
+        ratio = torch.cat([torch.ones_like(lengths[:1]), lengths[1:] / lengths[:-1]])
+        ahead = (reach > 0).flip(0).cumsum(0).flip(0).double()
+        level = (self.table.alpha[:-1].clamp(min=1e-13) / self.table.sigma[:-1].clamp(min=1e-13)).log()
+        faded = (2 * FADING * (level - level.max())).exp()
+        return reach.numpy(), ahead.numpy(), ratio.numpy(), self.table.nats.numpy(), faded.numpy()
+
+    @cached_property
+    def _here(self) -> tuple[Tensor, Tensor]:
+        """$L$ and $1/s$ of the rows, where the states live."""
+        gain, recall = self.table.gain, 1 / self.table.memory
+        return gain.to(self.noise.device, self.noise.dtype), recall.to(self.noise.device, self.noise.dtype)
+
+    def rows(self, start: Tensor, count: int) -> Tensor:
+        """Those that `count` lanes from `start` of each sample on hold, `(count, S)`; beyond the end the last one."""
+        return (start + torch.arange(count)[:, None]).clamp(max=len(self.table) - 1)
+
+    def gains(self, start: Tensor, count: int) -> Tensor:
+        """$L$ of lanes, shape `(count, S, 1)`."""
+        return self._here[0][self.rows(start, count).to(self.noise.device)][..., None]
+
+    def recalls(self, start: Tensor, count: int) -> Tensor:
+        """$1/s$ of lanes, shape `(count, S, 1)`."""
+        return self._here[1][self.rows(start, count).to(self.noise.device)][..., None]
+
+    def remembered(self, start: Tensor, x: Tensor) -> Tensor:
+        """$e$ of the rows before those that lanes from `start` on hold, from the states there, `(L, k, S, D)`; `(L, S, D)`."""
+        return self.recalls(start, len(x)) * x[:, 1]
+
+    def misses(self, state: Merger, f: Tensor) -> tuple[Numbers, Numbers]:
+        """$‖p‖$ at the first state of every lane, and the data's variance along it, both of shape `(W, S)`."""
+        e = f - self.gains(state.start, len(f)) * state.x[:-1, 0]
+        change = e - torch.cat([self.remembered(state.start, state.x[:1]), e[:-1]])
+        before = self.rows(state.start - 1, len(f))[1:]
+        # no anchor comes before the first, so no change before the second
+        ratio = np.where(before.numpy() > 0, self._host[2][before], 0.0)
+        p = torch.addcmul(change[1:], torch.from_numpy(-ratio).to(change)[..., None], change[:-1])
+        size, along = on_host(norm(p[:, None])), on_host((p * (f[1:] - self.mean)).sum(-1))
+        seen = np.square(along / np.where(size > 0, size, np.inf))
+        past, faded = state.missed.numpy(), state.placement.of_step(self._host[4])
+        variance = np.maximum.accumulate(np.concatenate([past[2:], seen]) * faded, 0) / faded
+        return np.concatenate([past[1:2], size]), variance
+
+    def _settle(self, state: State, f: Tensor, spent: Numbers, ending: Mask) -> tuple[Tensor, dict[str, Any]]:
+        state, placed = _merger(state), state.placement
+        accepted, _ = super()._settle(state, f, spent, ending)
+        reach, ahead, ratio, nats, _ = (placed.of_step(values) for values in self._host)
+        (missed, variance), samples, lane = self.misses(state, f), np.arange(f.shape[1]), np.arange(len(f))[:, None]
+        missed_here = ratio * missed / math.sqrt(f.shape[-1])
+        rows = self.rows(state.start, len(f)).numpy()
+        cost = MISSED * (2 - self.worth.forgets) * reach * self.worth(rows + 1, variance) * missed_here
+        added = np.zeros((len(cost) + 1, len(samples)))
+        np.sqrt(np.cumsum(cost**2, 0), out=added[1:])
+        total = np.hypot(state.missed[0].numpy(), added)
+        with np.errstate(all="ignore"):
+            part = np.sqrt(UNEVEN / np.maximum(ahead, 1) * np.maximum(self.budget**2 - total[:-1] ** 2, 0))
+            kept = np.logical_and.accumulate(~(cost > part)).sum(0)
+            pieces = np.clip(np.ceil((cost / part) ** (2 / 3)), 2, PIECES)
+        wrong = (cost > part) & (lane >= kept) & (lane < accepted.numpy())
+        split: dict[int, int] = {}
+        for row, count in zip(rows[wrong].tolist(), pieces[wrong].astype(int).tolist(), strict=True):
+            split[row] = max(count, split.get(row, 0))
+        if (wrong & (lane == kept) & (total[:-1] ** 2 > SPENT * self.budget**2)).any():
+            split = {row: len(self.table.mixing) for row in range(min(split), len(self.table))}
+        accepted = accepted.minimum(torch.from_numpy(kept))
+        if self.table.stochastic:
+            spent[1, 1:] += np.cumsum(nats * (ratio * missed) ** 2, 0)
+        else:
+            spent[2] = np.hypot(spent[2], added)
+        done = accepted.numpy()
+        last = np.minimum(done, len(missed) - 1)
+        told = np.stack([total[done, samples], missed[last, samples], variance[last, samples]])
+        return accepted, {"missed": torch.from_numpy(told), "split": tuple(split.items())}
+
+
+@dataclass(frozen=True, eq=False)
+class MergingSolver(Solver):
+    """A solver of a table that evaluates some of its steps.
+
+    Arguments:
+        first: Those to begin with, merged.
+        mean: The data's, a number or of one sample's shape.
+    """
+
+    first: MergedTable = field(kw_only=True)
+    mean: float | Tensor = field(kw_only=True)
+
+    @cached_property
+    def _made(self) -> dict[tuple[int, ...], Merged]:
+        return {}
+
+    def _on(self, anchors: tuple[int, ...]) -> Merged:
+        """The solver of the merged steps between some anchors; the last one made is kept."""
+        if anchors not in self._made:
+            self._made.clear()
+            variance, mean = mean_variance(self.variance), self.mean
+            whole = anchors == self.first.grid.anchors
+            table = self.first if whole else merge(self.table, Grid(anchors), variance)
+            self._made[anchors] = Merged(
+                table,
+                MergedNoise(self.noise, table),
+                self.propagator,
+                self.window,
+                self.fill,
+                math.sqrt(1 - SHARE) * self.tolerance,
+                self.variance,
+                size=self.size,
+                budget=math.sqrt(SHARE) * self.tolerance,
+                worth=Worth(table, variance),
+                mean=mean.to(self.noise.device, self.noise.dtype).reshape(-1) if isinstance(mean, Tensor) else mean,
+            )
+        return self._made[anchors]
+
+    def init(self, x: Tensor) -> Merger:
+        anchors, nothing = self.first.grid.anchors, torch.zeros(len(x), dtype=torch.float64)
+        along = torch.full_like(nothing, LEADING * mean_variance(self.variance) * (self.size or x.shape[1]))
+        state = self._on(anchors).init(x)
+        return Merger(**state.parts(), anchors=anchors, missed=torch.stack([nothing, nothing, along]), split=())
+
+    def request(self, state: State) -> Request:
+        return self._on(_merger(state).anchors).request(state)
+
+    def update(self, state: State, f: Tensor) -> Merger:
+        state = _merger(state)
+        rows, anchors = self._on(state.anchors), torch.tensor(state.anchors)
+        try:
+            after = _merger(rows.update(state, f))
+        except NonFiniteError as error:
+            step, finished = state.anchors[error.step], anchors[error.finished]
+            raise NonFiniteError(step, error.round, error.samples, finished, error.x) from None
+        first, last = after.window
+        residual = after.residual.repeat_interleave(rows.table.lengths[first:last], dim=0)
+        after = replace(after, residual=residual, window=(state.anchors[first], state.anchors[last]))
+        return self._closer(rows, after) if after.split else after
+
+    def prediction(self, state: State) -> Tensor:
+        return self._on(_merger(state).anchors).prediction(state)
+
+    def _closer(self, old: Merged, state: Merger) -> Merger:
+        """The state on a grid on which the merged steps that missed by too much are cut into pieces."""
+        grid, cut = Grid(state.anchors).split(dict(state.split)), min(dict(state.split))
+        new, anchors, laid = self._on(grid.anchors), torch.tensor(state.anchors), torch.tensor(grid.anchors)
+        start, samples = torch.searchsorted(laid, anchors[state.start]), torch.arange(len(state.start))
+        # lanes before the first row that is cut are as they were
+        stays = (state.stop.clamp(max=cut) - state.start).clamp(min=0)
+        _, stop = self.window.advance(new.table, state.rounds, start)
+        steps = laid[new.rows(start, int((stop - start).max()))]
+        # states remember the remainder of the lane before; of the table's last row nothing is
+        held, remembered = anchors[old.rows(state.start - 1, len(state.x)).clamp(min=0)], old.remembered(state.start, state.x)
+        known = state.stop - state.start - (state.stop == len(old.table)).long()
+        fill = _Remainders(_extrapolated(steps, held, known, remembered), new.gains(start, len(steps)))
+        # where the row before is closer by now, its remainder is on the line to the next one
+        closer = laid.diff()[start + stays - 1] / anchors.diff()[state.start + stays - 1]
+        closer = torch.where((start > 0) & (stays == 0) & (known > 0), closer, 1.0).to(remembered)[:, None]
+        before = torch.lerp(remembered[(stays + 1).clamp(max=len(state.x) - 1), samples], remembered[stays, samples], closer)
+        x = state.x.clone()
+        x[stays, 1, samples] = before / new.recalls(start + stays, 1)[0]
+        # the variance that the old window's last step showed is later news than the new lanes may hear
+        variance = torch.full_like(state.variance, mean_variance(self.variance) * (self.size or x.shape[-1]))
+        part = replace(state, start=start, stop=start + stays, variance=variance, anchors=grid.anchors, split=())
+        after = replace(new, fill=fill)._advance(part, start, x, state.spent[:, None].numpy())
+        seen, x_seen, f_seen = _said(after, state, steps, held[1:], stays)
+        return replace(after, seen=seen, x_seen=x_seen, f_seen=f_seen)
+
+
+def _said(after: Merger, state: Merger, steps: Tensor, held: Tensor, stays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`seen`, `x_seen` and `f_seen` at the steps `(W, S)` of a window after a cut, whose lanes held the steps `held`, `(L, S)`.
+
+    What states remember counts as changed only in the first `stays` lanes: beyond them it is of another step.
+    """
+    seen = torch.zeros_like(steps, dtype=torch.bool)
+    lane = torch.zeros_like(steps)
+    if len(state.seen):
+        same = (steps[:, None] == held[: len(state.seen)]) & state.seen
+        seen, lane = same.any(1), same.long().argmax(1)
+    count = int(seen.any(1).nonzero().max()) + 1 if bool(seen.any()) else 0
+    x, f = after.x[:count].clone(), after.x[:count, 0]
+    if count:
+        x[:, 0], f = take(state.x_seen[:, 0], lane[:count]), take(state.f_seen, lane[:count])
+        first = (torch.arange(count)[:, None] < stays).to(x.device)[..., None]
+        x[:, 1] = torch.where(first, take(state.x_seen[:, 1], lane[:count]), x[:, 1])
+    return seen[:count], x, f
+
+
+def _extrapolated(steps: Tensor, places: Tensor, known: Tensor, e: Tensor) -> Tensor:
+    """Remainders at `steps` `(W, S)`, each on the line through the last two before it, shape `(W, S, D)`.
+
+    Arguments:
+        steps: Where.
+        places: The steps of remainders that are known, the first of them from before the window, `(L + 1, S)`.
+        known: How many of the others each sample has, `(S,)`.
+        e: The remainders, `(L + 1, S, D)`.
+    """
+    lane = torch.arange(len(places))[:, None]
+    last = ((places <= steps[:, None]) & (lane <= known)).sum(1).sub(1).clamp(min=min(1, len(places) - 1))
+    first = (last - 1).clamp(min=0)
+    one, two = places.gather(0, first), places.gather(0, last)
+    # at the table's beginning there is nothing before the first
+    ahead = torch.where(two > one, (steps - two) / (two - one).clamp(min=1), 0.0).to(e)[..., None]
+    return torch.lerp(take(e, last), take(e, first), -ahead)
+
+
+def take(values: Tensor, lanes: Tensor) -> Tensor:
+    """Lanes `(W, S)` of values `(L, S, D)`, shape `(W, S, D)`."""
+    return values.gather(0, lanes.to(values.device)[..., None].expand(-1, -1, values.shape[-1]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Remainders:
+    """A fill by remainders `(W, S, D)`, and $L$, `(W, S, 1)`, of a window's lanes."""
+
+    e: Tensor
+    gain: Tensor
+
+    def model(self, rows: Rows, noise: Tensor | None, newest: Tensor | None) -> tuple[Tensor, Tensor]:
+        last = slice(len(self.e) - len(rows.A), None)  # the lanes that enter are a window's last ones
+        offset = rows.B * self.e[last].unsqueeze(1)
+        return rows.jacobian(self.gain[last]), offset if rows.C is None or noise is None else offset + mix(rows.C, noise)
+
+
+def _merger(state: State) -> Merger:
+    if not isinstance(state, Merger):
+        raise TypeError(f"`state` is a {type(state).__name__}: give one that this solver's `init` made")
+    return state

@@ -132,17 +132,18 @@ def drive(solver, denoiser, each=lambda state: None):
 
 @pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3])
 @pytest.mark.parametrize("scheme", [piadm.DDPM(1000), piadm.DDIM(1000), piadm.DDIM(1000, eta=0.5)], ids=SCHEMES.keys())
-def test_a_grid_for_five_times_the_tolerance_is_cut_until_the_tolerance_is_kept(scheme, tolerance):
+def test_a_grid_for_thirty_times_the_tolerance_is_cut_until_the_tolerance_is_kept(scheme, tolerance):
     denoiser, anchors = mixture(SCHEDULE), []
     table, variance = scheme(SCHEDULE), float(torch.as_tensor(denoiser.variance).mean())
-    wide = first_grid(table, variance, 5 * tolerance) or pytest.skip("merging does not pay")
+    wide = first_grid(table, variance, 30 * tolerance) or pytest.skip("merging does not pay")
     state = drive(solver_on(denoiser, scheme, wide, tolerance=tolerance), denoiser, lambda one: anchors.append(one.anchors))
     as_it_is = drive(solver_on(denoiser, scheme, wide, tolerance=1e9, window=Still(40)), denoiser)
     error, uncut = ((one.finished() - truth(denoiser, scheme)).square().mean(1).sqrt() for one in (state, as_it_is))
     assert len(anchors[-1]) > len(wide) + 1
     assert all(set(before) <= set(after) for before, after in pairwise(anchors))
-    assert error.mean() < 0.75 * uncut.mean()
-    assert error.median() <= tolerance / 2
+    if tolerance < 1e-1:  # wider than that, anchors are as far apart as they may be
+        assert error.median() < uncut.median() / 2
+    assert error.median() <= 0.6 * tolerance
     assert (error <= 2 * tolerance).all()  # an estimate, and a sample near the boundary of two modes among four
     assert (state.error <= tolerance * 1.001).all()
 

@@ -14,7 +14,7 @@ import piadm
 from piadm import merging, propagators
 from piadm.errors import NonFiniteError
 from piadm.fills import Copy, Jump
-from piadm.merged import Merger, MergingSolver
+from piadm.merged import Merger, MergingSolver, _extrapolated
 from piadm.merging import Grid, MergedNoise, Worth, expected, first_grid, lay, levels, merge
 from piadm.noise import Noise
 from piadm.windows import Sliding
@@ -102,10 +102,10 @@ def test_without_noise_the_error_falls_with_the_square_of_the_length():
     assert abs(slope - 2) < 0.2, errors
 
 
-def solver_on(denoiser, scheme, grid, *, tolerance=1e-2, window=None, perturb=None, samples=4):
+def solver_on(denoiser, scheme, grid, *, tolerance=1e-2, window=None, perturb=None, seed=0, samples=4):
     """The solver that `Parallel` makes, on a grid of our own."""
     table = scheme(denoiser.schedule)
-    noise = Noise(generator(), samples, 4, 1, torch.device("cpu"), torch.float64)
+    noise = Noise(generator(seed), samples, 4, 1, torch.device("cpu"), torch.float64)
     noise = noise if perturb is None else Perturbed(noise, perturb)
     policies = propagators.Secant(denoiser.variance), window or Sliding(None), Jump(denoiser.mean, denoiser.variance)
     first = merge(table, grid, float(torch.as_tensor(denoiser.variance).mean()))
@@ -124,6 +124,7 @@ def drive(solver, denoiser, each=lambda state: None):
     state = solver.init(noise.start() * solver.table.scale)
     while not state.done:
         each(state)
+        assert not (state.seen & ~state.placement.valid[: len(state.seen)]).any()
         request = solver.request(state)
         state = solver.update(state, denoiser(request.x, request.t))
     each(state)
@@ -142,7 +143,7 @@ def test_a_grid_for_thirty_times_the_tolerance_is_cut_until_the_tolerance_is_kep
     assert len(anchors[-1]) > len(wide) + 1
     assert all(set(before) <= set(after) for before, after in pairwise(anchors))
     if tolerance < 1e-1:  # wider than that, anchors are as far apart as they may be
-        assert error.median() < uncut.median() / 2
+        assert error.median() < 0.7 * uncut.median()
     assert error.median() <= 0.6 * tolerance
     assert (error <= 2 * tolerance).all()  # an estimate, and a sample near the boundary of two modes among four
     assert (state.error <= tolerance * 1.001).all()
@@ -155,6 +156,58 @@ def test_what_is_spent_ends_merging_and_the_rest_is_the_sequential_scheme():
     sequential = truth(denoiser, scheme)
     assert state.anchors == tuple(range(61))
     assert torch.allclose(state.finished(), sequential, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
+def test_without_noise_misses_that_are_alike_add_up(tolerance):
+    """The remainder of data with a mean is a smooth curve: every extrapolation misses it to the same side."""
+    denoiser = piadm.targets.Gaussian(3.0, 1.0, schedule=piadm.schedules.RectifiedFlow())
+    start = torch.randn(20, 16, generator=generator(3), dtype=torch.float64)
+    sampler = piadm.Parallel(denoiser, piadm.Euler(1000), tolerance=tolerance)
+    result = sampler((20, 16), generator=generator(), noise=start)
+    sequential = piadm.Sequential(denoiser, piadm.Euler(1000))((20, 16), generator=generator(), noise=start)
+    error = (result.samples - sequential.samples).square().mean(1).sqrt()
+    assert result.evaluations < 1000
+    assert (error <= tolerance).all()
+    assert (error <= result.error).all()
+    # and it is an estimate of it, not merely above
+    assert (result.error <= tolerance).all()
+    assert (error >= tolerance / 20).all()
+
+
+def test_the_last_steps_may_be_noisy_and_samples_end_at_different_rounds():
+    """A schedule that ends with noise left: the last row may be a merged one, and finished samples are not charged for it."""
+    schedule = piadm.schedules.Continuous(lambda t: (1 - t, 0.2 + 0.8 * t))
+    means = 2 * torch.randn(6, 16, generator=generator(5), dtype=torch.float64)
+    denoiser, scheme = piadm.targets.GaussianMixture(means, 0.05, schedule=schedule), piadm.DDIM(400)
+    start = torch.randn(25, 16, generator=generator(3), dtype=torch.float64)
+    result = piadm.Parallel(denoiser, scheme, tolerance=0.1, window=8)((25, 16), generator=generator(), noise=start)
+    sequential = piadm.Sequential(denoiser, scheme)((25, 16), generator=generator(), noise=start)
+    assert (result.error <= 0.1).all()
+    assert ((result.samples - sequential.samples).square().mean(1).sqrt() <= 0.1).all()
+
+
+@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("scale", [1e6, 1e25])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_network_on_which_every_step_misses_takes_no_more_rounds_than_steps(window, scale):
+    denoiser = piadm.Denoiser(lambda x, t: scale * torch.sin(x), SCHEDULE, "sample", variance=1.0)
+    result = piadm.Parallel(denoiser, piadm.DDPM(300), tolerance=0.3, window=window)((4, 8), generator=generator())
+    assert result.rounds <= 300
+    assert result.converged
+    assert result.error.isfinite().all()
+
+
+def test_remainders_go_on_by_the_last_two_before():
+    places = torch.tensor([[0, 10], [4, 12], [6, 16], [9, 99]])
+    e = torch.stack([1.0 + 2.0 * places[:, 0], 5.0 - 1.0 * places[:, 1]], 1)[..., None]
+    steps, known = torch.tensor([[4, 12], [5, 13], [7, 17], [8, 18]]), torch.tensor([3, 2])
+    found = _extrapolated(steps, places, known, e)[..., 0]
+    assert torch.allclose(found, torch.stack([1.0 + 2.0 * steps[:, 0], 5.0 - 1.0 * steps[:, 1]], 1))
+    # where the last is not known, the line is that through the two before it
+    curved = e.clone()
+    curved[3, 1] = 1e9
+    assert torch.equal(_extrapolated(steps, places, known, curved), _extrapolated(steps, places, known, e))
 
 
 @every_scheme
@@ -175,14 +228,16 @@ def test_an_error_is_worth_what_gaussian_data_make_of_it(scheme):
         assert np.allclose(found[:-1], carried[:-1], rtol=0.05)
 
 
-def test_the_future_is_not_looked_at():
+@pytest.mark.parametrize("seed", range(12))
+def test_the_future_is_not_looked_at(seed):
     """Noise of a step changes no state before it, in any round, nor when it is accepted, nor where anchors are before it."""
     denoiser, scheme = mixture(SCHEDULE), piadm.DDPM(200)
     wide = lay(levels(scheme(SCHEDULE), 0.3), 0.6)
     runs = []
     for perturb in (None, 150):
         seen = []
-        drive(solver_on(denoiser, scheme, wide, tolerance=3e-2, window=Sliding(12), perturb=perturb), denoiser, seen.append)
+        how = {"tolerance": 3e-2, "window": Sliding(12), "perturb": perturb, "seed": seed}
+        drive(solver_on(denoiser, scheme, wide, **how), denoiser, seen.append)
         runs.append(seen)
     checked = 0
     for one, other in zip(*runs, strict=False):
@@ -194,7 +249,7 @@ def test_the_future_is_not_looked_at():
         lanes = int((torch.tensor(one.anchors)[one.placement.steps.clamp(max=len(one.anchors) - 1)] <= 150).all(1).sum())
         assert torch.equal(one.x[:lanes, 0], other.x[:lanes, 0])
         checked += lanes
-    assert checked > 50
+    assert checked > 30
     assert not torch.equal(runs[0][-1].finished(), runs[1][-1].finished())
 
 

@@ -43,11 +43,14 @@ SAMPLE_AXIS = {
     "mean": 2,
     "accepted": 0,
     "rejected": 0,
-    "missed": 1,
+    "shifted": 0,
+    "miss": 0,
+    "along": 0,
+    "stuck": 0,
 }
 """The axis of a state's tensors along which samples lie."""
 KINDS = {"State": State, "Speculation": Speculation, "Merger": Merger}
-ON_CPU = ("start", "stop", "seen", "spent", "variance", "residual", "evaluations", "accepted", "rejected", "missed")
+ON_CPU = ("start", "stop", "seen", "spent", "variance", "residual", "evaluations", "accepted", "rejected", "along", "stuck")
 """Those of them that live on the CPU, wherever the others do."""
 
 

@@ -51,18 +51,23 @@ class Merger(State):
 
     Attributes:
         anchors: As in `piadm.merging.Grid`.
-        missed: What merging has cost each sample, rms; the newest $‖p‖$ at its first unfinished step; and the data's variance
-            along such misses; shape `(3, S)`, float64, on the CPU.
+        shifted: By how much merging is estimated to have shifted each final sample, shape `(S, D)`.
+        miss: $p$ at its first unfinished step, likewise.
+        along: The data's variance along such misses, shape `(S,)`, float64, on the CPU.
         split: Merged steps that miss by too much, and into how many pieces they are to be cut.
+        stuck: For which samples the first step of the window is one of them, shape `(S,)`, on the CPU.
     """
 
     anchors: tuple[int, ...]
-    missed: Tensor
+    shifted: Tensor
+    miss: Tensor
+    along: Tensor
     split: tuple[tuple[int, int], ...]
+    stuck: Tensor
 
     @property
     def error(self) -> Tensor:
-        return torch.hypot(self.spent[0], self.missed[0])
+        return torch.hypot(self.spent[0], rms_of(self.shifted).cpu())
 
     @property
     def reached(self) -> Tensor:
@@ -79,12 +84,14 @@ class Merged(Solver):
     Arguments:
         table: Theirs.
         budget: What merging may cost, rms.
+        ahead: How many merged steps there were from each step of the scheme on, to begin with, shape `(M + 1,)`.
         worth: What errors are worth in the end.
         mean: The data's, a number or of one sample's size.
     """
 
     table: MergedTable
     budget: float = field(kw_only=True)
+    ahead: Numbers = field(kw_only=True)
     worth: Worth = field(kw_only=True)
     mean: float | Tensor = field(kw_only=True)
 
@@ -93,14 +100,19 @@ class Merged(Solver):
         return LEFT_OVER * super()._safety
 
     @cached_property
-    def _host(self) -> tuple[Numbers, Numbers, Numbers, Numbers, Numbers]:
-        """Per row: $|β|$, how many merged ones there are from it on, length over that before, nats of $‖p‖^2$, how it fades."""
-        reach, lengths = self.table.reach, self.table.lengths.double()
+    def _host(self) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+        """Per row: $β$, the part of what is left that it may take, its length over that before, nats of $‖p‖^2$."""
+        lengths = self.table.lengths.double()
         ratio = torch.cat([torch.ones_like(lengths[:1]), lengths[1:] / lengths[:-1]])
-        ahead = (reach > 0).flip(0).cumsum(0).flip(0).double()
+        part = np.minimum(UNEVEN / np.maximum(self.ahead[self.table.ends - self.table.lengths], 1), 1)
+        return self.table.reach.numpy(), part, ratio.numpy(), self.table.nats.numpy()
+
+    @cached_property
+    def _faded(self) -> Numbers:
+        """Per row what variances along misses are divided by to be comparable: they fade as the noise does."""
         level = (self.table.alpha[:-1].clamp(min=1e-13) / self.table.sigma[:-1].clamp(min=1e-13)).log()
-        faded = (2 * FADING * (level - level.max())).exp()
-        return reach.numpy(), ahead.numpy(), ratio.numpy(), self.table.nats.numpy(), faded.numpy()
+        faded: Numbers = (2 * FADING * (level - level.max())).exp().numpy()
+        return faded
 
     @cached_property
     def _here(self) -> tuple[Tensor, Tensor]:
@@ -124,50 +136,67 @@ class Merged(Solver):
         """$e$ of the rows before those that lanes from `start` on hold, from the states there, `(L, k, S, D)`; `(L, S, D)`."""
         return self.recalls(start, len(x)) * x[:, 1]
 
-    def misses(self, state: Merger, f: Tensor) -> tuple[Numbers, Numbers]:
-        """$‖p‖$ at the first state of every lane, and the data's variance along it, both of shape `(W, S)`."""
+    def misses(self, state: Merger, f: Tensor) -> tuple[Tensor, Numbers]:
+        """$p$ at the first state of every lane, `(W, S, D)`, and the data's variance along it, `(W, S)`."""
         e = f - self.gains(state.start, len(f)) * state.x[:-1, 0]
         change = e - torch.cat([self.remembered(state.start, state.x[:1]), e[:-1]])
         before = self.rows(state.start - 1, len(f))[1:]
         # no anchor comes before the first, so no change before the second
-        ratio = np.where(before.numpy() > 0, self._host[2][before], 0.0)
-        p = torch.addcmul(change[1:], torch.from_numpy(-ratio).to(change)[..., None], change[:-1])
-        size, along = on_host(norm(p[:, None])), on_host((p * (f[1:] - self.mean)).sum(-1))
-        seen = np.square(along / np.where(size > 0, size, np.inf))
-        past, faded = state.missed.numpy(), state.placement.of_step(self._host[4])
-        variance = np.maximum.accumulate(np.concatenate([past[2:], seen]) * faded, 0) / faded
-        return np.concatenate([past[1:2], size]), variance
+        ratio = torch.from_numpy(np.where(before.numpy() > 0, self._host[2][before], 0.0)).to(change)
+        p = torch.cat([state.miss[None], torch.addcmul(change[1:], -ratio[..., None], change[:-1])])
+        size, told = on_host(norm(p[1:, None])), on_host((p[1:] * (f[1:] - self.mean)).sum(-1))
+        scale = (self.size or f.shape[-1]) / f.shape[-1]
+        with np.errstate(all="ignore"):
+            seen = scale * np.square(told / np.where(size > 0, size, np.inf))
+            faded = state.placement.of_step(self._faded)
+            largest = np.fmax.accumulate(np.concatenate([state.along.numpy()[None], seen]) * faded, 0) / faded
+        # one sample may show little of a direction; what is not forgotten is not judged by less than the mean variance
+        return p, np.maximum(largest, (1 - self.worth.forgets) * mean_variance(self.variance))
 
     def _settle(self, state: State, f: Tensor, spent: Numbers, ending: Mask) -> tuple[Tensor, dict[str, Any]]:
         state, placed = _merger(state), state.placement
         accepted, _ = super()._settle(state, f, spent, ending)
-        reach, ahead, ratio, nats, _ = (placed.of_step(values) for values in self._host)
-        (missed, variance), samples, lane = self.misses(state, f), np.arange(f.shape[1]), np.arange(len(f))[:, None]
-        missed_here = ratio * missed / math.sqrt(f.shape[-1])
+        accepted = accepted.minimum(state.stop - state.start)
+        (p, along), samples = self.misses(state, f), np.arange(f.shape[1])
+        reach, part, ratio, nats = (placed.of_step(values) for values in self._host)
         rows = self.rows(state.start, len(f)).numpy()
-        cost = MISSED * (2 - self.worth.forgets) * reach * self.worth(rows + 1, variance) * missed_here
-        added = np.zeros((len(cost) + 1, len(samples)))
-        np.sqrt(np.cumsum(cost**2, 0), out=added[1:])
-        total = np.hypot(state.missed[0].numpy(), added)
         with np.errstate(all="ignore"):
-            part = np.sqrt(UNEVEN / np.maximum(ahead, 1) * np.maximum(self.budget**2 - total[:-1] ** 2, 0))
-            kept = np.logical_and.accumulate(~(cost > part)).sum(0)
-            pieces = np.clip(np.ceil((cost / part) ** (2 / 3)), 2, PIECES)
-        wrong = (cost > part) & (lane >= kept) & (lane < accepted.numpy())
+            cost = np.where(reach > 0, MISSED * reach * ratio * self.worth(rows + 1, along), 0.0)
+        shift = torch.where(
+            torch.from_numpy(cost > 0).to(p.device)[..., None], torch.from_numpy(cost).to(p)[..., None] * p, 0.0
+        )
+        shifted = torch.cat([state.shifted[None], shift]).cumsum(0)
+        with np.errstate(all="ignore"):
+            total = np.square(on_host(rms_of(shifted)))
+            allowed = part * np.maximum(self.budget**2 - total[:-1], 0)
+            within = (total[1:] - total[:-1] <= allowed) | (reach == 0)
+            kept = np.logical_and.accumulate(within).sum(0)
+            pieces = np.clip(np.ceil(np.cbrt((total[1:] - total[:-1]) / allowed)), 2, PIECES)
+        lane, lengths = np.arange(len(f))[:, None], self.table.lengths.numpy()[rows]
+        wrong = ~within & (lane >= kept) & (lane < accepted.numpy())
+        stuck = wrong[0]
+        pieces = np.where(np.isfinite(pieces) & ~(stuck & (lane == 0)), pieces, lengths)
         split: dict[int, int] = {}
         for row, count in zip(rows[wrong].tolist(), pieces[wrong].astype(int).tolist(), strict=True):
             split[row] = max(count, split.get(row, 0))
-        if (wrong & (lane == kept) & (total[:-1] ** 2 > SPENT * self.budget**2)).any():
+        if (wrong & (lane == kept) & (total[:-1] > SPENT * self.budget**2)).any():
             split = {row: len(self.table.mixing) for row in range(min(split), len(self.table))}
         accepted = accepted.minimum(torch.from_numpy(kept))
-        if self.table.stochastic:
-            spent[1, 1:] += np.cumsum(nats * (ratio * missed) ** 2, 0)
-        else:
-            spent[2] = np.hypot(spent[2], added)
         done = accepted.numpy()
-        last = np.minimum(done, len(missed) - 1)
-        told = np.stack([total[done, samples], missed[last, samples], variance[last, samples]])
-        return accepted, {"missed": torch.from_numpy(told), "split": tuple(split.items())}
+        if self.table.stochastic:
+            with np.errstate(all="ignore"):
+                nats = np.where(reach > 0, nats * np.square(ratio * on_host(norm(p[:, None]))), 0.0)
+                spent[1, 1:] += np.cumsum(nats, 0)
+        else:
+            spent[2] = np.sqrt(np.square(spent[2]) + np.maximum(total - total[0], 0))
+        last = torch.from_numpy(np.minimum(done, len(f) - 1))
+        return accepted, {
+            "shifted": shifted[accepted, samples],
+            "miss": p[last, samples],
+            "along": torch.from_numpy(along[last.numpy(), samples]),
+            "split": tuple(split.items()),
+            "stuck": torch.from_numpy(stuck),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +215,15 @@ class MergingSolver(Solver):
     def _made(self) -> dict[tuple[int, ...], Merged]:
         return {}
 
+    @cached_property
+    def _ahead(self) -> Numbers:
+        """Fixed: how many there are by and by depends on later noise."""
+        ahead = np.zeros(len(self.table) + 1)
+        starts = (self.first.ends - self.first.lengths)[self.first.reach > 0].numpy()
+        ahead[starts] = 1
+        rest: Numbers = ahead[::-1].cumsum()[::-1]
+        return rest
+
     def _on(self, anchors: tuple[int, ...]) -> Merged:
         """The solver of the merged steps between some anchors; the last one made is kept."""
         if anchors not in self._made:
@@ -203,16 +241,24 @@ class MergingSolver(Solver):
                 self.variance,
                 size=self.size,
                 budget=math.sqrt(SHARE) * self.tolerance,
+                ahead=self._ahead,
                 worth=Worth(table, variance),
                 mean=mean.to(self.noise.device, self.noise.dtype).reshape(-1) if isinstance(mean, Tensor) else mean,
             )
         return self._made[anchors]
 
     def init(self, x: Tensor) -> Merger:
-        anchors, nothing = self.first.grid.anchors, torch.zeros(len(x), dtype=torch.float64)
-        along = torch.full_like(nothing, LEADING * mean_variance(self.variance) * (self.size or x.shape[1]))
-        state = self._on(anchors).init(x)
-        return Merger(**state.parts(), anchors=anchors, missed=torch.stack([nothing, nothing, along]), split=())
+        anchors, state = self.first.grid.anchors, self._on(self.first.grid.anchors).init(x)
+        along = LEADING * mean_variance(self.variance) * (self.size or x.shape[1])
+        return Merger(
+            **state.parts(),
+            anchors=anchors,
+            shifted=torch.zeros_like(x),
+            miss=torch.zeros_like(x),
+            along=torch.full((len(x),), along, dtype=torch.float64),
+            split=(),
+            stuck=torch.zeros(len(x), dtype=torch.bool),
+        )
 
     def request(self, state: State) -> Request:
         return self._on(_merger(state).anchors).request(state)
@@ -255,7 +301,13 @@ class MergingSolver(Solver):
         # the variance that the old window's last step showed is later news than the new lanes may hear
         variance = torch.full_like(state.variance, mean_variance(self.variance) * (self.size or x.shape[-1]))
         part = replace(state, start=start, stop=start + stays, variance=variance, anchors=grid.anchors, split=())
-        after = replace(new, fill=fill)._advance(part, start, x, state.spent[:, None].numpy())
+        spent = state.spent[:, None].expand(-1, len(steps) + 1, -1).numpy()
+        after = replace(new, fill=fill)._advance(part, start, x, spent)
+        if bool(state.stuck.any()):
+            # the first of the pieces of a first lane is one step, of which all is known: no round passes without a step
+            after = new._advance(after, after.start + state.stuck, after.x, spent)
+            after, stays = replace(after, stuck=torch.zeros_like(state.stuck)), (stays - state.stuck.long()).clamp(min=0)
+        steps = laid[new.rows(after.start, len(after.x) - 1)]
         seen, x_seen, f_seen = _said(after, state, steps, held[1:], stays)
         return replace(after, seen=seen, x_seen=x_seen, f_seen=f_seen)
 
@@ -268,14 +320,14 @@ def _said(after: Merger, state: Merger, steps: Tensor, held: Tensor, stays: Tens
     seen = torch.zeros_like(steps, dtype=torch.bool)
     lane = torch.zeros_like(steps)
     if len(state.seen):
-        same = (steps[:, None] == held[: len(state.seen)]) & state.seen
+        same = (steps[:, None] == held[: len(state.seen)]) & state.seen & after.placement.valid[:, None]
         seen, lane = same.any(1), same.long().argmax(1)
     count = int(seen.any(1).nonzero().max()) + 1 if bool(seen.any()) else 0
     x, f = after.x[:count].clone(), after.x[:count, 0]
     if count:
-        x[:, 0], f = take(state.x_seen[:, 0], lane[:count]), take(state.f_seen, lane[:count])
+        x[:, 0], f = of_lanes(state.x_seen[:, 0], lane[:count]), of_lanes(state.f_seen, lane[:count])
         first = (torch.arange(count)[:, None] < stays).to(x.device)[..., None]
-        x[:, 1] = torch.where(first, take(state.x_seen[:, 1], lane[:count]), x[:, 1])
+        x[:, 1] = torch.where(first, of_lanes(state.x_seen[:, 1], lane[:count]), x[:, 1])
     return seen[:count], x, f
 
 
@@ -294,10 +346,16 @@ def _extrapolated(steps: Tensor, places: Tensor, known: Tensor, e: Tensor) -> Te
     one, two = places.gather(0, first), places.gather(0, last)
     # at the table's beginning there is nothing before the first
     ahead = torch.where(two > one, (steps - two) / (two - one).clamp(min=1), 0.0).to(e)[..., None]
-    return torch.lerp(take(e, last), take(e, first), -ahead)
+    return torch.lerp(of_lanes(e, last), of_lanes(e, first), -ahead)
 
 
-def take(values: Tensor, lanes: Tensor) -> Tensor:
+def rms_of(values: Tensor) -> Tensor:
+    """Over coordinates of `(…, D)`, shape `(…)`."""
+    size: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return size / math.sqrt(values.shape[-1])
+
+
+def of_lanes(values: Tensor, lanes: Tensor) -> Tensor:
     """Lanes `(W, S)` of values `(L, S, D)`, shape `(W, S, D)`."""
     return values.gather(0, lanes.to(values.device)[..., None].expand(-1, -1, values.shape[-1]))
 

@@ -21,8 +21,8 @@ $p_a = e_a - e_{a'} - \frac{a - a'}{a' - a''} (e_{a'} - e_{a''})$, and the next 
 relative to its length. The miss grows from nothing along the way, so that it shifts $x_b$ by $\frac{5}{12} β ‖p‖$ where $e$ is
 smooth, and by $0.54\, β ‖p‖$ where the noise makes it rough: `MISSED` stands for both. What that is worth in the final sample
 is told by the data's variance $u$ along the miss (`Worth`), estimated by $⟨p, f - μ⟩^2 / ‖p‖^2$: early misses lie where data
-vary most, and matter; late ones lie where data hardly vary, and are forgotten. Those of a scheme with noise add in quadrature;
-without noise they are alike from one anchor to the next, and count twice.
+vary most, and matter; late ones lie where data hardly vary, and are forgotten. Shifts are added with their directions, which
+noise makes differ, and which are alike without it.
 
 A merged step is held to its part of `SHARE` $τ^2$ by what the anchors before it missed, before its own noise is drawn. One that
 is above it is cut into pieces.
@@ -35,7 +35,7 @@ what misses came to on the embedded networks and a mixture (docs/benchmarks.md);
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -64,6 +64,9 @@ so far apart that some merged steps have to be cut, runs take longer than that s
 
 MISSED = 0.5
 """What an error that grows from nothing to $β ‖p‖$ comes to, in these units."""
+
+AT_ONCE = 32
+"""How many steps' noise is held at once to be mixed."""
 
 WORTHWHILE = 0.55
 """Merging that leaves more than this part of the steps is not begun."""
@@ -286,11 +289,29 @@ class MergedNoise:
     def __init__(self, noise: NoiseSource, table: MergedTable) -> None:
         self.device, self.dtype, self._noise = noise.device, noise.dtype, noise
         self._mixing = table.mixing.to(noise.device, noise.dtype)[:, None, None]
-        self._ends, self._lengths = table.ends.tolist(), table.lengths
+        self._ends, self._lengths = table.ends.tolist(), table.lengths.tolist()
 
     def __call__(self, first: int, last: int) -> Tensor:
         """Of the merged steps from `first` up to but excluding `last`, shape `(last - first, 2, S, D)`; the second is 0."""
-        low, high = self._ends[first] - int(self._lengths[first]), self._ends[last - 1]
-        steps = self._noise(low, high)[:, 0] * self._mixing[low:high]
-        mixed = torch.segment_reduce(steps, "sum", lengths=self._lengths[first:last].to(self.device))
-        return torch.stack([mixed, torch.zeros_like(mixed)], 1)
+        whole = None
+        for rows, start, lengths in self._stretches(first, last):
+            stop = start + sum(lengths)
+            steps = self._noise(start, stop)[:, 0] * self._mixing[start:stop]
+            mixed = torch.segment_reduce(steps, "sum", lengths=torch.tensor(lengths, device=self.device))
+            whole = mixed.new_zeros(last - first, 2, *mixed.shape[1:]) if whole is None else whole
+            whole[rows[0] - first : rows[1] - first, 0] += mixed
+        return torch.empty(0) if whole is None else whole
+
+    def _stretches(self, first: int, last: int) -> Iterator[tuple[tuple[int, int], int, list[int]]]:
+        """Merged steps, or a piece of one, of at most `AT_ONCE` steps together: which, their first step, and their lengths."""
+        start, row, lengths = self._ends[first] - self._lengths[first], first, list[int]()
+        for one in range(first, last):
+            left = self._lengths[one]
+            while left > 0:
+                length = min(left, AT_ONCE)
+                if sum(lengths) + length > AT_ONCE:
+                    yield (row, row + len(lengths)), start, lengths
+                    start, row, lengths = start + sum(lengths), one, []
+                lengths.append(length)
+                left -= length
+        yield (row, row + len(lengths)), start, lengths

@@ -487,6 +487,8 @@ class Parallel(_Sampler):
         trial = _Trial(self.table, _Network(self._executor, shape[1:], samples, condition), home, dtype)
         largest, most = self._room(trial)
         choice, window = None, self.window
+        if self.merged is not None and self.max_memory is not None and isinstance(window, Sliding):
+            window = replace(window, size=width(window, self.merged))  # cutting merged steps may not widen it
         if self._tuner is not None:
             tried = sizes(samples, steps, most)
             key = (shape, tuple(tried), dtype, home, torch.get_num_threads(), *sorted(condition))

@@ -14,6 +14,7 @@ import piadm
 from piadm import merging, propagators
 from piadm.errors import NonFiniteError
 from piadm.fills import Copy, Jump
+from piadm.gaussian_law import gaussian_law, sequential_law
 from piadm.merged import Merger, MergingSolver, _extrapolated
 from piadm.merging import Grid, MergedNoise, Worth, expected, first_grid, lay, levels, merge
 from piadm.noise import Noise
@@ -266,6 +267,18 @@ def test_digits_keep_their_tolerance_with_fewer_evaluations_than_steps(scheme, t
     assert (error <= tolerance).all()
     assert (error <= result.error).all()
     assert result.evaluations < (0.5 if tolerance == 1e-1 else 0.8) * every.evaluations
+
+
+@pytest.mark.parametrize("tolerance", [1e-1, 3e-1])
+@pytest.mark.parametrize("kinds", [(0.05, 0.5, 2.0), (0.01, 1.0), (4.0, 0.1)])
+def test_the_certificate_is_above_the_exact_divergence_of_gaussian_data_that_are_not_as_told(kinds, tolerance):
+    variance = torch.tensor(kinds, dtype=torch.float64)
+    told = piadm.targets.Gaussian(0.0, float(variance.mean()), schedule=SCHEDULE)
+    sampler = piadm.Parallel(told, piadm.DDPM(300), tolerance=tolerance)
+    law = gaussian_law(sampler, variance)
+    reference = sequential_law(SCHEDULE, sampler.table, variance)
+    assert law.evaluations < 300
+    assert 0 < law.divergence(reference.variance) < law.nats
 
 
 def test_samples_are_one_for_every_window_and_batch_to_the_tolerance():

@@ -34,6 +34,10 @@ UNEVEN = 4.0
 SPENT = 0.8
 """A merged step that is cut when so much of what merging may cost is spent, in squares, ends all merging."""
 
+CHANCE = 0.5
+"""By how much more misses are held to be worth where noise decides what becomes of them. Without it 2 of 32 samples of `fashion`,
+DDPM 1000, were further off than the tolerance of 0.01, by 1.3 and 2.1 times; with it 1, by 1.8."""
+
 PIECES = 8
 """Into how many pieces a merged step is cut at once, at most."""
 
@@ -161,7 +165,9 @@ class Merged(Solver):
         reach, part, ratio, nats = (placed.of_step(values) for values in self._host)
         rows = self.rows(state.start, len(f)).numpy()
         with np.errstate(all="ignore"):
-            cost = np.where(reach > 0, MISSED * reach * ratio * self.worth(rows + 1, along), 0.0)
+            cost = np.where(
+                reach > 0, MISSED * (1 + CHANCE * self.worth.forgets) * reach * ratio * self.worth(rows + 1, along), 0.0
+            )
         shift = torch.where(
             torch.from_numpy(cost > 0).to(p.device)[..., None], torch.from_numpy(cost).to(p)[..., None] * p, 0.0
         )

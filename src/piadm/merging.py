@@ -57,7 +57,7 @@ CENTRE, SPREAD, WIDEST = -1.0, 0.3, 1.0
 GROWTH = 2
 """How many times its predecessor's length a merged step may have: a line through two values is not to be believed far on."""
 
-ROUGH, SMOOTH = 0.45, 0.6
+ROUGH, SMOOTH = 0.65, 0.6
 r"""To begin with, a merged step that is $d e^{κ |ℓ - ℓ_0|}$ wide in $ℓ$ is expected to cost `ROUGH` $\sqrt v\, d^{3/2}$ with
 noise and `SMOOTH` $\sqrt v\, d^3$ without. The former is what `digits` and `fashion` came to, and a quarter: where anchors are
 so far apart that some merged steps have to be cut, runs take longer than that saves."""
@@ -68,7 +68,7 @@ MISSED = 0.5
 AT_ONCE = 32
 """How many steps' noise is held at once to be mixed."""
 
-WORTHWHILE = 0.55
+WORTHWHILE = 0.7
 """Merging that leaves more than this part of the steps is not begun."""
 
 

@@ -271,7 +271,7 @@ class Parallel(_Sampler):
         merge: Whether steps may share an evaluation where the tolerance allows it: a window then holds so many evaluated steps
             and all between them. See `piadm.merging`. Every step is evaluated with `target_kl` or `audit`, in a window of 1 or
             one that does not slide, with another propagator than `Secant` or `Gaussian` or another fill than `Jump`, on schemes
-            of several components, and where merging would leave more than 55 % of the steps.
+            of several components, and where merging would leave more than 70 % of the steps.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before any network call (`max_memory`: after a few rows).

@@ -35,8 +35,8 @@ SPENT = 0.8
 """A merged step that is cut when so much of what merging may cost is spent, in squares, ends all merging."""
 
 CHANCE = 0.5
-"""By how much more misses are held to be worth where noise decides what becomes of them. Without it 2 of 32 samples of `fashion`,
-DDPM 1000, were further off than the tolerance of 0.01, by 1.3 and 2.1 times; with it 1, by 1.8."""
+"""By how much more misses are held to be worth where noise decides what becomes of them. Without it 2 of 32 samples of
+`fashion`, DDPM 1000, were further off than the tolerance of 0.01, by 1.3 and 2.1 times; with it 1, by 1.8."""
 
 PIECES = 8
 """Into how many pieces a merged step is cut at once, at most."""

@@ -46,7 +46,7 @@ from piadm.propagators import Pair
 from piadm.tables import Rows, Table, mix
 
 SAFETY = 32.0
-"""Kept every promise on the embedded networks, and 97 % on exact denoisers of 100 narrow modes, whose samples near a boundary
+"""Kept every promise on the embedded networks, and 96 % on exact denoisers of 100 narrow modes, whose samples near a boundary
 no constant saves: four times less kept 93 % in a tenth fewer rounds (docs/benchmarks.md)."""
 
 CAUTION = 8.0

@@ -47,7 +47,7 @@ from piadm.tables import Rows, Table, mix
 
 SAFETY = 32.0
 """Kept every promise on the embedded networks, and 96 % on exact denoisers of 100 narrow modes, whose samples near a boundary
-no constant saves: four times less kept 93 % in a tenth fewer rounds (docs/benchmarks.md)."""
+no constant saves: of all samples it kept 96.5 %, four times less 91 % (docs/benchmarks.md)."""
 
 CAUTION = 8.0
 """What estimated defects are multiplied by in the certificate, where no sample's own promise is at stake. In runs accepted with

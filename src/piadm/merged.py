@@ -74,6 +74,11 @@ class Merger(State):
         return torch.hypot(self.spent[0], rms_of(self.shifted).cpu())
 
     @property
+    def drift(self) -> Tensor:
+        """Of noiseless schemes all that merging cost; of others that is in `nats`."""
+        return torch.hypot(self.spent[2], rms_of(self.shifted).cpu()) if self.noise is None else self.spent[2]
+
+    @property
     def reached(self) -> Tensor:
         return torch.tensor(self.anchors)[self.start]
 
@@ -193,8 +198,6 @@ class Merged(Solver):
             with np.errstate(all="ignore"):
                 nats = np.where(reach > 0, nats * np.square(ratio * on_host(norm(p[:, None]))), 0.0)
                 spent[1, 1:] += np.cumsum(nats, 0)
-        else:
-            spent[2] = np.sqrt(np.square(spent[2]) + np.maximum(total - total[0], 0))
         last = torch.from_numpy(np.minimum(done, len(f) - 1))
         return accepted, {
             "shifted": shifted[accepted, samples],

@@ -355,6 +355,21 @@ def test_an_interrupted_run_goes_on_to_the_same_bits_from_every_round():
         assert (again.rounds, again.evaluations, again.windows) == (whole.rounds, whole.evaluations, whole.windows)
 
 
+def test_a_run_within_a_bound_of_memory_goes_on_too():
+    """Its window is the evaluated steps there are at first, also when it is opened again."""
+    denoiser = mixture(SCHEDULE)
+    sampler = piadm.Parallel(denoiser, piadm.DDPM(300), tolerance=1e-1, window=None, max_memory=2**30)
+
+    def interrupt(round, window, residuals):
+        if round == 2:
+            raise KeyboardInterrupt
+
+    whole = sampler((2, 4), generator=generator())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sampler((2, 4), generator=generator(), callback=interrupt)
+    assert torch.allclose(sampler.resume(caught.value.checkpoint).samples, whole.samples)
+
+
 def test_a_checkpoint_on_disk_holds_the_anchors(tmp_path):
     denoiser, path = mixture(SCHEDULE), tmp_path / "run.safetensors"
     sampler = piadm.Parallel(denoiser, piadm.DDIM(300), tolerance=1e-1, max_rounds=3)

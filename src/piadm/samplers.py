@@ -483,12 +483,10 @@ class Parallel(_Sampler):
         """A run in the window, and in calls, that fit in memory, and of those the fastest if that is asked for."""
         shape, home, dtype = self._read(shape, generator, noise, condition)
         samples, steps = shape[0], len(self.table)
-        evaluated = steps if self.merged is None else len(self.merged)
+        evaluated = len(self.merged or self.table)
         trial = _Trial(self.table, _Network(self._executor, shape[1:], samples, condition), home, dtype)
         largest, most = self._room(trial)
         choice, window = None, self.window
-        if self.merged is not None and self.max_memory is not None and isinstance(window, Sliding):
-            window = replace(window, size=width(window, self.merged))  # cutting merged steps may not widen it
         if self._tuner is not None:
             tried = sizes(samples, steps, most)
             key = (shape, tuple(tried), dtype, home, torch.get_num_threads(), *sorted(condition))
@@ -506,11 +504,12 @@ class Parallel(_Sampler):
 
     def _room(self, trial: _Trial) -> tuple[int, int | None]:
         """The largest window, and the most rows in a call (`None`: any number), that fit in memory."""
-        widest = width(self.window, self.merged or self.table)
+        evaluated = self.merged or self.table
+        widest = width(self.window, evaluated)
         if self.max_memory is None:
             return widest, None
         home = trial.start.device
-        lane, row = lane_bytes(self.merged or self.table, trial.start), row_bytes(trial, home)
+        lane, row = lane_bytes(evaluated, trial.start), row_bytes(trial, home)
         fitting, most = divide(self.max_memory, home, row, lane, widest)
         if self._tuner is None:
             require_fit(width(self.window, self.table), widest, fitting, row, lane, self.max_memory)
@@ -521,6 +520,9 @@ class Parallel(_Sampler):
         executor = self._executor if rows is None else MicroBatch(self.denoiser, rows)
         if window is None:
             return Sequential(executor, self.scheme)
+        if self.merged is not None and self.max_memory is not None and isinstance(window, Sliding):
+            # cutting merged steps may not widen it
+            window = replace(window, size=min(window.size or len(self.merged), len(self.merged)))
         chosen = copy.copy(self)
         chosen._tuner = chosen.max_memory = None
         chosen.window, chosen._executor = window, executor

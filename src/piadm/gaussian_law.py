@@ -12,17 +12,16 @@ expectations, which are what one sample made of all impulses shows them. For tho
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from piadm.errors import require
-from piadm.merged import MergingSolver
 from piadm.noise import Noise
 from piadm.samplers import Parallel
 from piadm.schedules import Schedule
-from piadm.solver import Request, Solver
+from piadm.solver import Request
 from piadm.tables import Table
 from piadm.targets import Gaussian
 
@@ -98,10 +97,7 @@ def gaussian_law(sampler: Parallel, variance: Tensor, dimension: float | None = 
     per_coordinate = noise.count * len(variance)
     size = len(variance) if dimension is None else dimension
     target = None if sampler.target_kl is None else sampler.target_kl * (per_coordinate / size)
-    policies = sampler.propagator, sampler.window, sampler.fill, sampler.tolerance, told.variance
-    solver = Solver(table, noise, *policies, target_kl=target, keep=sampler.audit, size=size)
-    if sampler.merged is not None:
-        solver = MergingSolver(table, noise, *policies, size=size, first=sampler.merged, mean=0.0)
+    solver = replace(Parallel._solver(sampler, noise), target_kl=target, size=size)
     denoiser = Gaussian(0.0, variance.repeat_interleave(noise.count), schedule=told.schedule)
 
     def network(request: Request) -> Tensor:

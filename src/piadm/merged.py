@@ -21,7 +21,7 @@ from piadm.errors import NonFiniteError
 from piadm.merging import MISSED, SHARE, Grid, MergedNoise, MergedTable, Worth, merge
 from piadm.placement import Mask, Numbers
 from piadm.solver import Request, Solver, State
-from piadm.stopping import mean_variance, norm, on_host
+from piadm.stopping import mean_variance, norm, on_host, rms
 from piadm.tables import Rows, mix
 
 LEFT_OVER = 0.25
@@ -71,12 +71,17 @@ class Merger(State):
 
     @property
     def error(self) -> Tensor:
-        return torch.hypot(self.spent[0], rms_of(self.shifted).cpu())
+        return torch.hypot(self.spent[0], self.merging)
+
+    @property
+    def merging(self) -> Tensor:
+        """What it has cost each sample, rms, shape `(S,)`."""
+        return rms(self.shifted[None, None])[0].cpu()
 
     @property
     def drift(self) -> Tensor:
         """Of noiseless schemes all that merging cost; of others that is in `nats`."""
-        return torch.hypot(self.spent[2], rms_of(self.shifted).cpu()) if self.noise is None else self.spent[2]
+        return torch.hypot(self.spent[2], self.merging) if self.noise is None else self.spent[2]
 
     @property
     def reached(self) -> Tensor:
@@ -173,12 +178,11 @@ class Merged(Solver):
             cost = np.where(
                 reach > 0, MISSED * (1 + CHANCE * self.worth.forgets) * reach * ratio * self.worth(rows + 1, along), 0.0
             )
-        shift = torch.where(
-            torch.from_numpy(cost > 0).to(p.device)[..., None], torch.from_numpy(cost).to(p)[..., None] * p, 0.0
-        )
+        weight = torch.from_numpy(cost).to(p)[..., None]
+        shift = torch.where(weight > 0, weight * p, 0.0)
         shifted = torch.cat([state.shifted[None], shift]).cumsum(0)
         with np.errstate(all="ignore"):
-            total = np.square(on_host(rms_of(shifted)))
+            total = np.square(on_host(rms(shifted[:, None])))
             allowed = part * np.maximum(self.budget**2 - total[:-1], 0)
             within = (total[1:] - total[:-1] <= allowed) | (reach == 0)
             kept = np.logical_and.accumulate(within).sum(0)
@@ -356,12 +360,6 @@ def _extrapolated(steps: Tensor, places: Tensor, known: Tensor, e: Tensor) -> Te
     # at the table's beginning there is nothing before the first
     ahead = torch.where(two > one, (steps - two) / (two - one).clamp(min=1), 0.0).to(e)[..., None]
     return torch.lerp(of_lanes(e, last), of_lanes(e, first), -ahead)
-
-
-def rms_of(values: Tensor) -> Tensor:
-    """Over coordinates of `(…, D)`, shape `(…)`."""
-    size: Tensor = torch.linalg.vector_norm(values, dim=-1)
-    return size / math.sqrt(values.shape[-1])
 
 
 def of_lanes(values: Tensor, lanes: Tensor) -> Tensor:

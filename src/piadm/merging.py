@@ -46,7 +46,7 @@ from torch import Tensor
 
 from piadm.noise import NoiseSource
 from piadm.placement import Indices, Numbers
-from piadm.tables import Table
+from piadm.tables import Table, gaussian_gain
 
 SHARE = 0.7
 """The part of $τ^2$ that merged steps may take."""
@@ -209,8 +209,7 @@ class Worth:
     def __init__(self, table: Table, variance: float) -> None:
         self._alpha, self._noise = table.alpha.numpy(), table.sigma.square().numpy()
         flow, correlation = (float(values[0]) for values in self._parts(np.zeros(1, int), np.array([variance])))
-        alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-        gain = alpha * variance / (alpha.square() * variance + sigma.square())
+        gain = gaussian_gain(table.alpha[:-1], table.sigma[:-1], variance)
         carried = float((table.A[:, 0, 0] + table.B[:, 0] * gain).clamp(min=1e-12).log().sum())
         lost = min(math.log(max(correlation, 1e-300)), -1e-9)
         self.forgets = min(max((carried - math.log(flow)) / lost, 0.0), 1.0)
@@ -231,8 +230,7 @@ class Worth:
 
 def merge(table: Table, grid: Grid, variance: float) -> MergedTable:
     """The table of a grid's merged steps; `variance`: $v$."""
-    alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-    gain = alpha * variance / (alpha.square() * variance + sigma.square())
+    gain = gaussian_gain(table.alpha[:-1], table.sigma[:-1], variance)
     A, B, C = table.A[:, 0, 0], table.B[:, 0], table.C[:, 0, 0]
     jacobian, b, c = (A + B * gain).tolist(), B.tolist(), C.tolist()
     mixing = [0.0] * len(table)

@@ -133,7 +133,7 @@ class Rule:
     @cached_property
     def _share(self) -> Numbers:
         """$(m + 1)/M$, shape `(M,)`."""
-        return self.table.share.double().numpy()
+        return self.table.share.numpy()
 
     @cached_property
     def _weights(self) -> Numbers:

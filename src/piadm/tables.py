@@ -65,7 +65,7 @@ class Columns:
     def gaussian_gain(self, variance: float) -> Tensor:
         r"""$L = α v / (α^2 v + σ^2)$, worked out once for each $v$."""
         if variance not in self._gains:
-            self._gains[variance] = _gaussian_gain(self.alpha, self.sigma, variance)
+            self._gains[variance] = gaussian_gain(self.alpha, self.sigma, variance)
         return self._gains[variance]
 
 
@@ -131,11 +131,12 @@ class Rows:
     def gaussian_gain(self, variance: float | Tensor) -> Tensor:
         r"""$L = α v / (α^2 v + σ^2)$, $∂f/∂x$ for data $N(μ, v)$, for a number or a tensor `(1, S|1, D|1)`; `W` rows of it."""
         if isinstance(variance, Tensor):
-            return _gaussian_gain(self.alpha, self.sigma, variance)
+            return gaussian_gain(self.alpha, self.sigma, variance)
         return self._act(self._columns.gaussian_gain(variance))
 
 
-def _gaussian_gain(alpha: Tensor, sigma: Tensor, variance: float | Tensor) -> Tensor:
+def gaussian_gain(alpha: Tensor, sigma: Tensor, variance: float | Tensor) -> Tensor:
+    r"""$L = α v / (α^2 v + σ^2)$."""
     scaled = alpha * variance
     return scaled / (alpha * scaled + sigma.square())
 
